@@ -1,7 +1,7 @@
 """Integer codes of 1 to 8 bits stored densely: a little-endian bit stream in bytes.
 
 Code `i` occupies bits `i*bits` to `(i+1)*bits - 1` of the stream, and bit `j` of the stream is bit `j % 8` of byte
-`j // 8`. So at 4 bits the first of two codes sits in the low half of a byte, at 8 bits packing is a copy, and at 3, 5, 6
+`j // 8`. So at 4 bits the first of two codes sits in the low half of a byte, at 8 bits packing copies, and at 3, 5, 6
 or 7 bits codes cross byte borders without waste. Unused bits of the last byte are zero.
 """
 
