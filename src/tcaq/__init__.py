@@ -1,0 +1,22 @@
+"""Post-training quantization of diffusion models, weights and activations, down to 4 bits.
+
+Importing the package teaches diffusers to load its checkpoints.
+"""
+
+from tcaq.checkpoint import load, save
+from tcaq.errors import TcaqError
+from tcaq.models.config import TcaqConfig
+from tcaq.models.quantizer import register
+from tcaq.recipes.presets import preset_recipe
+from tcaq.recipes.quantize import quantize
+from tcaq.spec.grid import AdaptiveGrid, AffineGrid, Log2Grid, UnitGrid
+from tcaq.spec.plan import Plan, Rule
+from tcaq.spec.recipe import Recipe
+
+__version__ = "0.1.0"
+__all__ = [
+    "AdaptiveGrid", "AffineGrid", "Log2Grid", "Plan", "Recipe", "Rule", "TcaqConfig", "TcaqError", "UnitGrid",
+    "load", "preset_recipe", "quantize", "save",
+]  # fmt: skip
+
+register()

@@ -1,0 +1,76 @@
+"""Options that several verbs share, and the recipe they make together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tcaq.errors import UsageError
+from tcaq.recipes.presets import preset_recipe
+from tcaq.spec.plan import Plan
+from tcaq.spec.recipe import Recipe
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="A local diffusers directory, a Hub id, or `reference` (bundled).", show_default=False)
+]
+RecipeOption = Annotated[str, typer.Option(help="tcaq, minmax, or a recipe's JSON file.")]
+WeightsOption = Annotated[int | None, typer.Option(help="Bits of weights, 2-8. [default: 4]", show_default=False)]
+ActivationsOption = Annotated[
+    int | None, typer.Option(help="Bits of activations, 2-8. [default: 4]", show_default=False)
+]
+PresetOption = Annotated[str, typer.Option(help="fast (no gradients), quick (minutes), or full (best quality).")]
+StepsOption = Annotated[int | None, typer.Option(help="Sampling steps of calibration.", show_default=False)]
+SamplesOption = Annotated[int | None, typer.Option(help="Images sampled for calibration.", show_default=False)]
+GroupsOption = Annotated[
+    str | None, typer.Option(help="Step groups: a number, or `per-step`.", metavar="N|per-step", show_default=False)
+]
+NoTcrOption = Annotated[bool, typer.Option("--no-tcr", help="Leave out the timestep-channel reparameterization.")]
+NoDaqOption = Annotated[bool, typer.Option("--no-daq", help="Even grids for all attention probabilities.")]
+RoundsOption = Annotated[int | None, typer.Option(help="Rounds of progressive alignment; 0: none.", show_default=False)]
+SeedOption = Annotated[int, typer.Option(help="Seed of calibration.")]
+MemoryOption = Annotated[
+    float | None, typer.Option(help="GiB of activations kept in memory before they spill to disk.", show_default=False)
+]
+PlanOption = Annotated[
+    Path | None, typer.Option(help="JSON file of plan rules in place of the default ones.", show_default=False)
+]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+
+
+def make_recipe(
+    recipe: str, preset: str, *, weights: int | None, activations: int | None, steps: int | None, samples: int | None,
+    step_groups: str | None, no_tcr: bool, no_daq: bool, rounds: int | None, seed: int, memory: float | None,
+) -> Recipe:  # fmt: skip
+    """The recipe that the options name: a program at a preset or a file, then every option that was given.
+
+    Raises: UsageError listing every value that is not allowed.
+    """
+    calibration = {k: v for k, v in (("images", samples), ("steps", steps)) if v is not None}
+    given = {"weights": weights, "activations": activations, "memory": memory, "step_groups": _groups(step_groups)}
+    changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None} | {"seed": seed}
+    if calibration:
+        changes["calibration"] = calibration
+    if no_tcr:
+        changes["tcr"] = None
+    if no_daq:
+        changes["daq"] = None
+    if rounds is not None:
+        changes["alignment"] = {"rounds": rounds} if rounds else None
+    if not recipe.endswith(".json"):
+        return preset_recipe(recipe, preset, **changes)
+    return Recipe.read(Path(recipe)).changed(changes)
+
+
+def _groups(text: str | None) -> int | str | None:
+    if text is None or text == "per-step":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"--step-groups {text!r}: give a whole number from 1, or per-step")
+    return int(text)
+
+
+def read_plan(path: Path | None) -> Plan | None:
+    """Plan rules from a file, if one was given."""
+    return None if path is None else Plan.read(path)

@@ -1,0 +1,32 @@
+"""`tcaq plan`: the resolved table, without running anything."""
+
+from __future__ import annotations
+
+from tcaq.cli import options as opt
+from tcaq.cli.app import app, console
+from tcaq.cli.models import open_float
+from tcaq.cli.table import plan_table
+from tcaq.models.denoiser import find_denoiser
+from tcaq.recipes.quantize import resolved_plan
+
+
+@app.command("plan")
+def plan_command(
+    model: opt.ModelArgument,
+    recipe: opt.RecipeOption = "tcaq",
+    weights: opt.WeightsOption = None,
+    activations: opt.ActivationsOption = None,
+    no_daq: opt.NoDaqOption = False,
+    plan: opt.PlanOption = None,
+    as_json: opt.JsonFlag = False,
+) -> None:
+    """Print which grid every layer of MODEL would get, and which layers stay float and why."""
+    spec = opt.make_recipe(
+        recipe, "full", weights=weights, activations=activations, steps=None, samples=None, step_groups=None,
+        no_tcr=False, no_daq=no_daq, rounds=None, seed=0, memory=None,
+    )  # fmt: skip
+    table = resolved_plan(find_denoiser(open_float(model))[1], spec, opt.read_plan(plan))
+    if as_json:
+        console.print_json(table.model_dump_json())
+    else:
+        console.print(plan_table(table))

@@ -1,0 +1,67 @@
+"""`tcaq quantize`: a pipeline in, a run and a checkpoint out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tcaq.checkpoint import INDEX
+from tcaq.cli import options as opt
+from tcaq.cli.app import app, console, notes
+from tcaq.cli.judging import make_judge
+from tcaq.cli.models import open_float
+from tcaq.cli.progress import stage_progress
+from tcaq.cli.table import plan_summary
+from tcaq.recipes.quantize import RUN_FOLDER, quantize
+from tcaq.runs import Run
+
+
+@app.command("quantize")
+def quantize_command(
+    model: opt.ModelArgument,
+    output: Annotated[Path, typer.Option(help="Folder for the checkpoint and the run; run again to go on.")],
+    recipe: opt.RecipeOption = "tcaq",
+    weights: opt.WeightsOption = None,
+    activations: opt.ActivationsOption = None,
+    preset: opt.PresetOption = "full",
+    steps: opt.StepsOption = None,
+    samples: opt.SamplesOption = None,
+    step_groups: opt.GroupsOption = None,
+    no_tcr: opt.NoTcrOption = False,
+    no_daq: opt.NoDaqOption = False,
+    rounds: opt.RoundsOption = None,
+    seed: opt.SeedOption = 0,
+    memory: opt.MemoryOption = None,
+    plan: opt.PlanOption = None,
+    features: Annotated[
+        str | None,
+        typer.Option(help="Extractor by which alignment decides when to stop. [default: reference for it, else none]"),
+    ] = None,
+    as_json: opt.JsonFlag = False,
+) -> None:
+    """Quantize MODEL and write a checkpoint that diffusers loads after `import tcaq`."""
+    spec = opt.make_recipe(
+        recipe, preset, weights=weights, activations=activations, steps=steps, samples=samples, step_groups=step_groups,
+        no_tcr=no_tcr, no_daq=no_daq, rounds=rounds, seed=seed, memory=memory,
+    )  # fmt: skip
+    rules = opt.read_plan(plan)
+    pipe = open_float(model)
+    with stage_progress(quiet=as_json) as on_progress:
+        quantize(pipe, spec, output, plan=rules, judge=make_judge(model, features), on_progress=on_progress)
+    run = Run.read(output / RUN_FOLDER)
+    timings = run.timings().values()
+    seconds, peak = sum(t["seconds"] for t in timings), max(t["peak_memory"] for t in timings)
+    if as_json:
+        summary = {
+            "output": str(output),
+            "seconds": seconds,
+            "peak_memory": peak,
+            "recipe": spec.model_dump(mode="json"),
+        }
+        console.print_json(json.dumps(summary))
+        return
+    notes.print(plan_summary(run.identity["plan"]["layers"]))
+    console.print(f"{output / INDEX} written: {seconds:.0f} s of work, {peak / 2**30:.2f} GiB at most")

@@ -1,0 +1,48 @@
+"""`tcaq sample`: images from a float model or a checkpoint, each from its own seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from tcaq.cli.app import app, console
+from tcaq.cli.models import open_any
+from tcaq.cli.progress import stage_progress
+from tcaq.errors import UsageError
+from tcaq.models.sampler import batches, sample
+from tcaq.models.seeds import image_seeds
+from tcaq.records import replacing
+from tcaq.report.grid import grid_image, image_of
+
+
+@app.command("sample")
+def sample_command(
+    model: Annotated[str, typer.Argument(help="A folder that `tcaq quantize` wrote, or a float MODEL.")],
+    output: Annotated[Path, typer.Option(help="FILE.png for one grid, or a folder for one file an image.")],
+    num: Annotated[int, typer.Option(min=1, help="How many images.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
+    seed: Annotated[int, typer.Option(help="Image i is the same for every batch size.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+) -> None:
+    """Sample images; equal seeds give float and quantized models equal noise, so their images can be compared."""
+    if output.suffix and output.suffix != ".png":
+        raise UsageError(f"--output {output}: give a name ending in .png for a grid, or a folder for single images")
+    pipe = open_any(model)
+    parts = []
+    with stage_progress() as on_progress:
+        on_progress("images", 0, num, False)
+        for chunk in batches(range(num), batch):
+            parts.append(sample(pipe, image_seeds("sample", seed, chunk[0], chunk[-1] + 1), steps))
+            on_progress("images", chunk[-1] + 1, num, False)
+    images = torch.cat(parts)
+    if output.suffix == ".png":
+        with replacing(output) as path:
+            grid_image(images, columns=max(1, round(num**0.5))).save(path, format="PNG")
+    else:
+        for index, image in enumerate(images):
+            with replacing(output / f"{index:05d}.png") as path:
+                image_of(image).save(path, format="PNG")
+    console.print(f"{num} images written to {output}")

@@ -1,0 +1,50 @@
+"""Evaluate a quantized pipeline against its float original: sample both, pair them, score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+
+from tcaq.evaluate.evaluate import Evaluation, Sampled, score
+from tcaq.evaluate.features import DataStatistics, FeatureExtractor
+from tcaq.evaluate.sampling import sample_for_evaluation, trace, with_predictions
+from tcaq.runs import OnProgress, silent
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How both models are sampled and judged.
+
+    Attributes: work: folder for finished batches, so that an interrupted evaluation goes on, and models are not sampled twice;
+        num: images; steps: sampling steps; seed: of the noise; batch: images at a time; real: statistics of real data (None: the
+        extractor's own).
+    """
+
+    extractor: FeatureExtractor
+    work: Path
+    num: int
+    steps: int
+    seed: int
+    batch: int = 100
+    real: DataStatistics | None = None
+
+
+def evaluate(
+    float_pipe: DiffusionPipeline, quantized_pipe: DiffusionPipeline, protocol: Protocol, on_progress: OnProgress = silent
+) -> tuple[Evaluation, Sampled, Sampled]:  # fmt: skip
+    """Score a quantized pipeline; also returns what was sampled from the float and from the quantized model."""
+    sampled = [
+        sample_for_evaluation(
+            pipe, protocol.work, num=protocol.num, steps=protocol.steps, seed=protocol.seed, batch=protocol.batch,
+            on_progress=lambda stage, done, total, resumed, who=who: on_progress(f"{who} {stage}", done, total, resumed),
+        )
+        for who, pipe in (("float", float_pipe), ("quantized", quantized_pipe))
+    ]  # fmt: skip
+    trajectories = trace(float_pipe, steps=protocol.steps, seed=protocol.seed)
+    float_, quantized = (
+        with_predictions(part, pipe, trajectories)
+        for part, pipe in zip(sampled, (float_pipe, quantized_pipe), strict=True)
+    )
+    return score(float_, quantized, protocol.extractor, seed=protocol.seed, real=protocol.real), float_, quantized

@@ -1,0 +1,71 @@
+"""Sample a model for evaluation: resumable after every batch, and paired with another model image by image."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from diffusers import DiffusionPipeline
+
+from tcaq.evaluate.evaluate import Sampled, versions
+from tcaq.evaluate.memory import track_peak
+from tcaq.models.denoiser import find_denoiser
+from tcaq.models.load import weights_hash
+from tcaq.models.sampler import Trajectories, batches, predict, record, sample
+from tcaq.models.seeds import image_seeds
+from tcaq.records import Record, canonical
+from tcaq.runs import OnProgress, Run, silent
+
+PURPOSE = "evaluation"
+"""Seeds of evaluation images; calibration draws from another purpose, so the two never share noise."""
+TRACED = 16
+"""How many images' trajectories the per-step noise-prediction comparison uses."""
+
+
+def sample_for_evaluation(
+    pipe: DiffusionPipeline, work: Path, *, num: int, steps: int, seed: int, batch: int, on_progress: OnProgress = silent
+) -> Sampled:  # fmt: skip
+    """Sample `num` images, a batch a record, in a folder below `work` that belongs to this model, schedule and seed."""
+    who = _identity(pipe, steps, seed, batch)
+    parts: list[Record] = []
+
+    def compute(item: str) -> Record:
+        start, stop = map(int, item.split("-"))
+        began = perf_counter()
+        with track_peak() as peak:
+            images = sample(pipe, image_seeds(PURPOSE, seed, start, stop), steps)
+        return Record({"images": images}, {"seconds": perf_counter() - began, "peak_memory": peak.bytes})
+
+    with Run.open(work / _name(who), who, on_progress) as run:
+        items = [f"{chunk[0]}-{chunk[-1] + 1}" for chunk in batches(range(num), batch)]
+        run.series("images", items, compute, lambda _, part: parts.append(part))
+    return Sampled(
+        images=torch.cat([part.tensors["images"] for part in parts]),
+        seconds=sum(part.meta["seconds"] for part in parts),
+        peak_memory=max(part.meta["peak_memory"] for part in parts),
+    )
+
+
+def trace(pipe: DiffusionPipeline, *, steps: int, seed: int) -> Trajectories:
+    """Trajectories of the first evaluation images under a (float) model."""
+    return record(pipe, image_seeds(PURPOSE, seed, 0, TRACED), steps)[1]
+
+
+def with_predictions(sampled: Sampled, pipe: DiffusionPipeline, trajectories: Trajectories) -> Sampled:
+    """`sampled` with the model's noise predictions on given inputs: the float trajectories, for both models alike."""
+    eps = predict(find_denoiser(pipe)[1], trajectories)
+    return Sampled(sampled.images, sampled.seconds, sampled.peak_memory, eps, trajectories.timesteps)
+
+
+def _identity(pipe: DiffusionPipeline, steps: int, seed: int, batch: int) -> dict[str, object]:
+    scheduler = {k: v for k, v in sorted(pipe.scheduler.config.items()) if not k.startswith("_")}
+    return {
+        "weights": weights_hash(find_denoiser(pipe)[1]), "pipeline": type(pipe).__name__, "scheduler": scheduler,
+        "steps": steps, "seed": seed, "batch": batch, "versions": versions(),
+    }  # fmt: skip
+
+
+def _name(identity: dict[str, object]) -> str:
+    return f"samples-{sha256(canonical(identity).encode()).hexdigest()[:12]}"

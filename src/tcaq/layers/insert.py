@@ -1,0 +1,83 @@
+"""List a model's layers, and swap them for quantized ones as a plan says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from tcaq.errors import PlanError
+from tcaq.layers.attention import MIX, SCORES, attach_products
+from tcaq.layers.conv import QuantizedConv2d
+from tcaq.layers.linear import QuantizedLinear
+from tcaq.layers.product import QuantizedProduct
+from tcaq.layers.weighted import QuantizedWeight
+from tcaq.quantizers.clock import StepClock
+from tcaq.spec.plan import LayerGrids, LayerInfo, ResolvedPlan
+
+QuantizedLayer = QuantizedWeight | QuantizedProduct
+
+
+def list_layers(model: nn.Module) -> list[LayerInfo]:
+    """Every convolution, linear layer and attention product of a model, in the order of its modules."""
+    layers: list[LayerInfo] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            layers.append(LayerInfo(name, "conv"))
+        elif isinstance(module, nn.Linear):
+            layers.append(LayerInfo(name, "linear"))
+        elif isinstance(module, Attention):
+            layers += [LayerInfo(f"{name}.{SCORES}", "scores"), LayerInfo(f"{name}.{MIX}", "mix")]
+    return layers
+
+
+def insert(model: nn.Module, plan: ResolvedPlan, clock: StepClock) -> None:
+    """Swap the planned layers of `model` in place; weights are shared, so float mode is bit-exact.
+
+    Raises: PlanError, with the model untouched, if the model is quantized already or a planned layer is not there.
+    """
+    if any(True for _ in quantized_layers(model)):
+        raise PlanError("the model is quantized already; load the original model to quantize it another way")
+    there = {layer.name: layer.kind for layer in list_layers(model)}
+    if missing := [layer for layer in plan.layers if there.get(layer.name) != layer.kind]:
+        names = ", ".join(f"{layer.name!r} ({layer.kind})" for layer in missing)
+        raise PlanError(f"the plan speaks of layers that the model does not have: {names}; resolve it for this model")
+    grids = {layer.name: layer for layer in plan.layers}
+    with next(model.parameters()).device:  # the new buffers belong beside the weights
+        for name, module in list(model.named_modules()):
+            layer = grids.get(name)
+            if isinstance(module, Attention):
+                attach_products(module, grids.get(f"{name}.{SCORES}"), grids.get(f"{name}.{MIX}"), clock)
+            elif layer is not None and not layer.is_float:
+                replace(model, name, _wrap(module, layer, clock))
+
+
+def _wrap(module: nn.Module, grids: LayerGrids, clock: StepClock) -> QuantizedWeight:
+    if isinstance(module, nn.Conv2d):
+        return QuantizedConv2d.wrap(module, grids, clock)
+    return QuantizedLinear.wrap(cast(nn.Linear, module), grids, clock)
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of the submodule with a dotted name."""
+    parent, _, leaf = name.rpartition(".")
+    model.get_submodule(parent).register_module(leaf, module)
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
+    """Every quantized layer with its dotted name; products that the plan keeps in float are left out."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedWeight) or (isinstance(module, QuantizedProduct) and module.operands):
+            yield name, module
+
+
+def channel_axis(layer: QuantizedLayer) -> int:
+    """The axis of a layer's inputs that counts channels."""
+    return layer.CHANNEL_AXIS if isinstance(layer, QuantizedWeight) else -1
+
+
+def original_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The float weights that quantized layers replace, by layer name."""
+    return {n: m.float_weight() for n, m in quantized_layers(model) if isinstance(m, QuantizedWeight)}

@@ -1,0 +1,54 @@
+"""The two matrix products of an attention, as layers of their own: scores = q k^T and mix = p v."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from tcaq.layers.modes import Mode, Moded
+from tcaq.quantizers.affine import AffineQuantizer
+from tcaq.quantizers.clock import StepClock
+from tcaq.quantizers.probability import ProbabilityQuantizer
+from tcaq.spec.grid import AffineGrid, Grid
+from tcaq.spec.plan import LayerGrids
+
+OperandQuantizer = AffineQuantizer | ProbabilityQuantizer
+
+
+def operand_quantizer(grid: Grid, clock: StepClock) -> OperandQuantizer:
+    """The quantizer for a grid."""
+    return AffineQuantizer(grid, clock) if isinstance(grid, AffineGrid) else ProbabilityQuantizer(grid, clock)
+
+
+class QuantizedProduct(Moded, nn.Module):
+    """`left @ right` with both operands quantized per step group.
+
+    Scores: left q [batch, heads, tokens, dim], right k^T [batch, heads, dim, tokens]; mix: left probabilities, right v.
+    A product that the plan keeps in float has no quantizers.
+    """
+
+    left_quantizer: OperandQuantizer | None
+    right_quantizer: AffineQuantizer | None
+
+    def __init__(self, grids: LayerGrids | None, clock: StepClock) -> None:
+        super().__init__()
+        quantized = grids is not None and not grids.is_float
+        self.left_quantizer = operand_quantizer(cast(LayerGrids, grids).inputs[0], clock) if quantized else None
+        self.right_quantizer = (
+            AffineQuantizer(cast(AffineGrid, cast(LayerGrids, grids).inputs[1]), clock) if quantized else None
+        )
+
+    @property
+    def operands(self) -> dict[str, OperandQuantizer]:
+        """The quantizers of this layer's inputs, by operand name."""
+        if self.left_quantizer is None or self.right_quantizer is None:
+            return {}
+        return {"left": self.left_quantizer, "right": self.right_quantizer}
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """The product, in the operands' dtype."""
+        if self.mode is Mode.FAKE and self.left_quantizer is not None and self.right_quantizer is not None:
+            left, right = self.left_quantizer(left), self.right_quantizer(right)
+        return torch.matmul(left, right)

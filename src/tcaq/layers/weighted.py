@@ -1,0 +1,90 @@
+"""What quantized convolutions and linear layers share: a weight, one input, and a TCR vector between them."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from tcaq.errors import CheckpointError
+from tcaq.layers.modes import Mode, Moded
+from tcaq.quantizers.affine import AffineQuantizer
+from tcaq.quantizers.clock import StepClock
+from tcaq.quantizers.weight import WeightQuantizer
+from tcaq.spec.grid import AffineGrid
+from tcaq.spec.plan import LayerGrids
+
+
+class QuantizedWeight(Moded, nn.Module):
+    """Mixin of a quantized `nn.Conv2d` or `nn.Linear`.
+
+    The layer computes `Q(W * r) / r` on `Q(x / r) * r`, which is Q(W r) Q(x / r): the vector r never touches the
+    tensors between layers, only the scales. The original weight stays for float mode until `drop_float_weight`.
+
+    Attributes: equalizer: r, float32 [in channels], 1 where TCR is off.
+    """
+
+    CHANNEL_AXIS: int
+    groups: int = 1
+    equalizer: Tensor
+    input_quantizer: AffineQuantizer
+    weight_quantizer: WeightQuantizer
+
+    def _add_quantizers(self, grids: LayerGrids, clock: StepClock) -> None:
+        shape = self.float_weight().shape
+        self.register_buffer("equalizer", torch.ones(shape[1] * self.groups))
+        self.input_quantizer = AffineQuantizer(cast(AffineGrid, grids.inputs[0]), clock)
+        self.weight_quantizer = WeightQuantizer(cast(AffineGrid, grids.weight), shape)
+
+    @property
+    def operands(self) -> dict[str, AffineQuantizer]:
+        """The quantizers of this layer's inputs, by operand name."""
+        return {"input": self.input_quantizer}
+
+    def gain(self, dims: int) -> Tensor:
+        """r, shaped to broadcast along the channel axis of a tensor with `dims` dimensions."""
+        shape = [1] * dims
+        shape[self.CHANNEL_AXIS] = -1
+        return self.equalizer.reshape(shape)
+
+    def _weight_gain(self, weight: Tensor) -> Tensor:
+        """r of the input channels that each output channel sees, [out or 1, in / groups, 1, ...]."""
+        gain = self.equalizer.reshape(self.groups, -1)
+        if self.groups > 1:
+            gain = gain.repeat_interleave(len(weight) // self.groups, dim=0)
+        return gain.reshape(*gain.shape, *[1] * (weight.dim() - 2))
+
+    def equalized_weight(self) -> Tensor:
+        """W * r, float32: what the weight's codes stand for."""
+        weight = self.float_weight().float()
+        return weight * self._weight_gain(weight)
+
+    def float_weight(self) -> Tensor:
+        """The original weight. Raises: CheckpointError if the layer was loaded from codes and has none."""
+        weight = self._parameters["weight"]
+        if weight is None:
+            raise CheckpointError(
+                "this layer holds only packed integer codes; float mode and calibration need the original model: "
+                "load that one and quantize it, or run this one as it is"
+            )
+        return weight
+
+    def drop_float_weight(self) -> None:
+        """Keep only the packed codes; float mode is gone afterwards."""
+        self.register_parameter("weight", None)
+
+    def quantized_weight(self, dtype: torch.dtype) -> Tensor:
+        """Q(W r) / r in the layer's own shape."""
+        learning = self.weight_quantizer.alpha is not None
+        hat: Tensor = self.weight_quantizer(self.equalized_weight() if learning else None)
+        return (hat / self._weight_gain(hat)).to(dtype)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """Q(x / r) * r."""
+        return cast(Tensor, self.input_quantizer(x, self.gain(x.dim())))
+
+    @property
+    def is_float(self) -> bool:
+        """Whether a forward pass takes the original arithmetic now."""
+        return self.mode is not Mode.FAKE

@@ -1,0 +1,67 @@
+"""The denoiser inside a pipeline, and the clock that reads its timestep before every forward pass."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, cast
+
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from tcaq.errors import ModelError
+from tcaq.quantizers.clock import StepClock
+from tcaq.spec.steps import StepGroups
+
+COMPONENTS = ("unet", "transformer")
+CLOCK = "step_clock"
+
+
+def find_denoiser(pipe: DiffusionPipeline) -> tuple[str, nn.Module]:
+    """Name and module of the network that the pipeline calls once a step.
+
+    Raises: ModelError naming the components there are, if none of them is a denoiser.
+    """
+    for name in COMPONENTS:
+        module = getattr(pipe, name, None)
+        if isinstance(module, nn.Module):
+            return name, module
+    there = ", ".join(sorted(pipe.components)) or "none"
+    raise ModelError(
+        f"{type(pipe).__name__} has no denoiser: looked for the components {' or '.join(COMPONENTS)}, it has {there}. "
+        "Pass a pipeline of a U-Net or a diffusion transformer"
+    )
+
+
+def bind(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of one forward pass by name; pipelines pass the timestep by position or by keyword."""
+    return dict(inspect.signature(denoiser.forward).bind(*args, **kwargs).arguments)
+
+
+def _timestep_position(denoiser: nn.Module) -> int:
+    names = list(inspect.signature(denoiser.forward).parameters)
+    if "timestep" not in names:
+        raise ModelError(f"{type(denoiser).__name__}.forward takes no `timestep`; its arguments are {', '.join(names)}")
+    return names.index("timestep")
+
+
+def _tick(position: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    # the position is looked up once: reading a signature inside forward would break torch.compile's graph
+    def tick(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        timestep = args[position] if len(args) > position else kwargs["timestep"]
+        clock_of(denoiser).set(cast(Tensor, timestep))
+
+    return tick
+
+
+def attach_clock(denoiser: nn.Module, groups: StepGroups) -> StepClock:
+    """Add a clock to the denoiser, set before each of its forward passes."""
+    clock = StepClock(groups)
+    denoiser.add_module(CLOCK, clock)
+    denoiser.register_forward_pre_hook(_tick(_timestep_position(denoiser)), with_kwargs=True)
+    return clock
+
+
+def clock_of(denoiser: nn.Module) -> StepClock:
+    """The clock that `attach_clock` added."""
+    return cast(StepClock, getattr(denoiser, CLOCK))

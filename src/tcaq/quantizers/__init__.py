@@ -1,0 +1,1 @@
+"""Modules that own quantization parameters. All state exists from construction; nothing is born in `forward`."""

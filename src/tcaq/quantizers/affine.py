@@ -1,0 +1,65 @@
+"""The quantizer of activations: one scale and zero point per step group, for the whole tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tcaq.numerics.affine import code_range, fake_quantize
+from tcaq.quantizers.clock import StepClock
+from tcaq.spec.grid import AffineGrid
+
+
+class AffineQuantizer(nn.Module):
+    """Quantize-dequantize with the row of the running step group.
+
+    Attributes: scale: float32 [groups], 1 until calibrated; zero_point: int16 [groups]; log_gain: None, or float32
+        [groups] while step sizes are learned: the scale in use is `scale * exp(log_gain)`, so that a rate means a
+        relative change.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, grid: AffineGrid, clock: StepClock) -> None:
+        super().__init__()
+        self.grid = grid
+        self.low, self.high = code_range(grid.bits, grid.signed)
+        # a tuple keeps the shared clock out of this module's children: it belongs to the denoiser
+        self._clock = (clock,)
+        self.log_gain: nn.Parameter | None = None
+        self.register_buffer("scale", torch.ones(clock.count))
+        self.register_buffer("zero_point", torch.zeros(clock.count, dtype=torch.int16))
+
+    @property
+    def clock(self) -> StepClock:
+        """The denoiser's clock."""
+        return self._clock[0]
+
+    def forward(self, x: Tensor, channel_gain: Tensor | None = None) -> Tensor:
+        """Quantize-dequantize.
+
+        Args: x: float [batch, ...]; channel_gain: TCR's r, broadcastable against x, multiplies the scale per channel.
+        """
+        table = self.scale if self.log_gain is None else self.scale * self.log_gain.exp()
+        scale = self.clock.row(table, x.dim())
+        if channel_gain is not None:
+            scale = scale * channel_gain
+        zero_point = self.clock.row(self.zero_point, x.dim()).to(scale.dtype)
+        return fake_quantize(x, scale, zero_point, self.low, self.high).to(x.dtype)
+
+    def set_rows(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Write the calibrated table: float [groups] each."""
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+
+    def begin_learning(self) -> list[nn.Parameter]:
+        """Start to learn the step sizes; returns what an optimizer must own."""
+        self.log_gain = nn.Parameter(torch.zeros_like(self.scale))
+        return [self.log_gain]
+
+    def end_learning(self) -> None:
+        """Fold what was learned into `scale`."""
+        if self.log_gain is not None:
+            self.scale.mul_(self.log_gain.detach().exp())
+            self.log_gain = None

@@ -1,0 +1,77 @@
+"""The quantizer of weights: packed codes, a scale and zero point per output channel, and AdaRound while learning."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from tcaq.numerics.affine import code_range, dequantize, quantize
+from tcaq.numerics.packing import pack, unpack
+from tcaq.numerics.rounding import hard_codes, initial_alpha, rounding_penalty, soft_round
+from tcaq.spec.grid import AffineGrid
+
+
+class WeightQuantizer(nn.Module):
+    """Holds a weight as packed codes.
+
+    Attributes: codes: uint8 [ceil(numel * bits / 8)]; scale: float32 [out]; zero_point: int16 [out];
+        alpha: None, or AdaRound's variable in the weight's shape while rounding is learned.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, grid: AffineGrid, shape: torch.Size) -> None:
+        super().__init__()
+        self.grid = grid
+        self.shape = shape
+        self.low, self.high = code_range(grid.bits, grid.signed)
+        self.alpha: nn.Parameter | None = None
+        self.register_buffer("codes", torch.zeros(math.ceil(shape.numel() * grid.bits / 8), dtype=torch.uint8))
+        self.register_buffer("scale", torch.ones(shape[0]))
+        self.register_buffer("zero_point", torch.zeros(shape[0], dtype=torch.int16))
+
+    def _rows(self, table: Tensor) -> Tensor:
+        return table.reshape(-1, *[1] * (len(self.shape) - 1)).to(self.scale.dtype)
+
+    def forward(self, weight: Tensor | None = None) -> Tensor:
+        """The quantized-dequantized weight, float32; `weight`, the real one, is needed only while learning."""
+        scale, zero_point = self._rows(self.scale), self._rows(self.zero_point)
+        if self.alpha is not None and weight is not None:
+            return soft_round(weight, self.alpha, scale, zero_point, self.low, self.high)
+        return dequantize(self.integers().to(scale.dtype), scale, zero_point)
+
+    def integers(self) -> Tensor:
+        """The codes in the weight's shape, int16, within the grid's code range."""
+        return unpack(self.codes, self.grid.bits, self.shape).to(torch.int16) + self.low
+
+    def _store(self, codes: Tensor) -> None:
+        self.codes.copy_(pack((codes - self.low).to(torch.uint8), self.grid.bits))
+
+    def set_rows(self, scale: Tensor, zero_point: Tensor, weight: Tensor) -> None:
+        """Write scale and zero point, float [out] each, and round `weight` to the nearest code."""
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+        rows, zeros = self._rows(self.scale), self._rows(self.zero_point)
+        self._store(quantize(weight.float(), rows, zeros, self.low, self.high))
+
+    def begin_learning(self, weight: Tensor, trust: float) -> list[nn.Parameter]:
+        """Start AdaRound between `weight` itself (trust 0) and the roundings that the codes already hold (trust 1)."""
+        rows, zeros = self._rows(self.scale), self._rows(self.zero_point)
+        up = self.integers() - zeros > torch.floor(weight.float() / rows)
+        self.alpha = nn.Parameter(initial_alpha(weight.float(), rows, up, trust))
+        return [self.alpha]
+
+    def penalty(self, beta: float) -> Tensor:
+        """AdaRound's pull towards decided roundings; zero when rounding is not being learned."""
+        return self.scale.new_zeros(()) if self.alpha is None else rounding_penalty(self.alpha, beta)
+
+    def end_learning(self, weight: Tensor) -> None:
+        """Decide every rounding and store the codes."""
+        if self.alpha is not None:
+            rows, zeros = self._rows(self.scale), self._rows(self.zero_point)
+            self._store(hard_codes(weight.float(), self.alpha.detach() >= 0, rows, zeros, self.low, self.high))
+            self.alpha = None

@@ -1,0 +1,1 @@
+"""Recipes: short programs over the same stages, chosen by name."""

@@ -1,0 +1,141 @@
+"""What a recipe works with: a pipeline, a run, and each stage as one call that resumes by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from tcaq.errors import UsageError
+from tcaq.layers.insert import insert
+from tcaq.models.denoiser import attach_clock, find_denoiser
+from tcaq.models.sampler import Trajectories, batches
+from tcaq.models.seeds import image_seeds
+from tcaq.models.units import Unit, execution_order
+from tcaq.records import Record
+from tcaq.runs import Run
+from tcaq.spec.plan import ResolvedPlan
+from tcaq.spec.recipe import Daq, Recipe
+from tcaq.spec.steps import StepGroups
+from tcaq.stages.collect import collect, images_of, trajectories_of
+from tcaq.stages.equalize import apply_vectors, equalize
+from tcaq.stages.observe import observe
+from tcaq.stages.reconstruct import Reconstructor, apply_unit
+from tcaq.stages.scale import apply_input_scales, apply_weight_scales, scale_inputs, scale_weights
+from tcaq.stages.select import apply_choices, select
+
+Judge = Callable[[Tensor, Tensor], float]
+"""Distance between two sets of images, uint8 [images, channels, height, width]: the float model's, and the quantized one's."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What sampling left: trajectories, and the images they end in."""
+
+    trajectories: Trajectories
+    images: Tensor
+
+
+@dataclass
+class Job:
+    """One quantization in progress; every method is a stage of the run, computed or taken from disk."""
+
+    pipe: DiffusionPipeline
+    recipe: Recipe
+    plan: ResolvedPlan
+    run: Run
+    judge: Judge | None = None
+    groups: StepGroups = field(default_factory=StepGroups)
+    units: list[Unit] = field(default_factory=list)
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The pipeline's denoiser."""
+        return find_denoiser(self.pipe)[1]
+
+    def collect(self, round_: int) -> Collected:
+        """Sample the calibration images with the model as it is now: the float one before `insert`."""
+        spec = self.recipe.calibration
+        groups = list(batches(image_seeds("calibration", self.recipe.seed, 0, spec.images), spec.batch))
+        parts: list[Record] = []
+        self.run.series(
+            f"collect/{round_}", [f"batch-{i}" for i in range(len(groups))],
+            lambda item: collect(self.pipe, groups[int(item.removeprefix("batch-"))], spec.steps),
+            lambda _, record: parts.append(record),
+        )  # fmt: skip
+        return Collected(
+            Trajectories.join([trajectories_of(part) for part in parts]), torch.cat([images_of(part) for part in parts])
+        )
+
+    def insert(self, trajectories: Trajectories) -> None:
+        """Swap the planned layers; step groups follow the recipe and the calibration schedule."""
+        self.groups = StepGroups.of(self.recipe.step_groups, trajectories.timesteps.tolist())
+        denoiser = self.denoiser.eval()
+        insert(denoiser, self.plan, attach_clock(denoiser, self.groups))
+        first = trajectories.samples[0, :1], trajectories.timesteps[:1]
+        with torch.no_grad():
+            self.units = execution_order(denoiser, lambda: denoiser(*first))
+
+    def observe(self, trajectories: Trajectories) -> Record:
+        """Ranges of every layer input at every step."""
+        return self.run.step("observe", lambda: observe(self.denoiser, trajectories), lambda record: record)
+
+    def equalize(self, ranges: Record) -> None:
+        """TCR, if the recipe has it."""
+        if (spec := self.recipe.tcr) is not None:
+            self.run.step(
+                "equalize", lambda: equalize(self.denoiser, ranges, spec), lambda r: apply_vectors(self.denoiser, r)
+            )
+
+    def scale(self, ranges: Record, trajectories: Trajectories) -> None:
+        """First scales of weights and inputs; weights rounded to the nearest code."""
+        denoiser, spec, seed = self.denoiser, self.recipe.ranges, self.recipe.seed
+        self.run.step(
+            "scale/weights", lambda: scale_weights(denoiser, ranges, spec), lambda r: apply_weight_scales(denoiser, r)
+        )
+        self.run.step(
+            "scale/inputs",
+            lambda: scale_inputs(denoiser, trajectories, spec, seed),
+            lambda r: apply_input_scales(denoiser, r),
+        )
+
+    def select(self, trajectories: Trajectories) -> None:
+        """Grids and scales of attention probabilities: DAQ where the plan lets it choose."""
+        denoiser, recipe = self.denoiser, self.recipe
+        self.run.step(
+            "select",
+            lambda: select(denoiser, trajectories, recipe.daq or Daq(), recipe.ranges, recipe.seed),
+            lambda record: apply_choices(denoiser, record),
+        )
+
+    def reconstruct(self, round_: int, trajectories: Trajectories, iterations: int) -> None:
+        """Fit every unit in execution order; one record each."""
+        spec = self.recipe.reconstruction
+        if spec is None:
+            raise UsageError(f"the recipe {self.recipe.program!r} has no reconstruction to run")
+        by_name = {unit.name: unit for unit in self.units}
+        with Reconstructor(
+            self.denoiser, self.units, trajectories, spec, iterations=iterations, trust=0.5 if round_ else 0.0,
+            memory=self.recipe.memory, seed=self.recipe.seed + round_,
+        ) as reconstructor:  # fmt: skip
+            self.run.series(
+                f"reconstruct/{round_}", list(by_name), reconstructor.fit, lambda name, r: apply_unit(by_name[name], r)
+            )
+
+    def restore(self, round_: int) -> None:
+        """Go back to the state that an earlier round of reconstruction left."""
+        by_name = {unit.name: unit for unit in self.units}
+        for name, record in self.run.results(f"reconstruct/{round_}"):
+            apply_unit(by_name[name], record)
+
+    def score(self, round_: int, float_images: Tensor, images: Tensor) -> float | None:
+        """Record how far the quantized model's calibration images are from the float model's; None without a judge."""
+        if self.judge is None:
+            return None
+        judge = self.judge
+        return self.run.step(
+            f"score/{round_}", lambda: Record({}, {"fd": judge(float_images, images)}), lambda r: float(r.meta["fd"])
+        )

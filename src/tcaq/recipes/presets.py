@@ -1,0 +1,56 @@
+"""Presets as data: the same three for every recipe."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from tcaq.errors import UsageError
+from tcaq.spec.recipe import Recipe, merged
+
+Preset = Literal["fast", "quick", "full"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {
+        "calibration": {"images": 32, "batch": 32},
+        "reconstruction": None,
+        "alignment": None,
+    },
+    "quick": {
+        "calibration": {"images": 32, "steps": 20, "batch": 32},
+        "reconstruction": {"iterations": 60, "inputs": 320},
+        "alignment": None,
+    },
+    "full": {
+        "calibration": {"images": 96, "steps": 50, "batch": 32},
+        "reconstruction": {"iterations": 800, "inputs": 1600},
+        "alignment": {"rounds": 2, "iterations": 200},
+    },
+}
+
+PROGRAM_OPTIONS: dict[str, dict[str, Any]] = {
+    "tcaq": {},
+    "minmax": {
+        "step_groups": 1,
+        "ranges": {"weight_candidates": 1, "input_candidates": 1},
+        "tcr": None,
+        "daq": None,
+        "reconstruction": None,
+        "alignment": None,
+    },
+}
+"""What a program fixes whatever the preset says."""
+
+
+def preset_recipe(program: str, preset: str, **options: Any) -> Recipe:
+    """The recipe of a program at a preset, with some options changed.
+
+    Raises: UsageError naming the known programs or presets.
+    """
+    if program not in PROGRAM_OPTIONS:
+        raise UsageError(
+            f"unknown recipe {program!r}; known: {', '.join(PROGRAM_OPTIONS)}, or the path of a recipe's JSON file"
+        )
+    if preset not in PRESETS:
+        raise UsageError(f"unknown preset {preset!r}; known: {', '.join(get_args(Preset))}")
+    values = merged(merged(PRESETS[preset], PROGRAM_OPTIONS[program]), options)
+    return Recipe.parse({"program": program, **values}, where=f"recipe {program} at preset {preset}")

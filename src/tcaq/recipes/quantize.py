@@ -1,0 +1,81 @@
+"""`tcaq.quantize`: run a recipe on a pipeline, in a run directory, to a packed model."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from tcaq.checkpoint import pack, save
+from tcaq.errors import UsageError
+from tcaq.models.config import TcaqConfig
+from tcaq.models.denoiser import find_denoiser
+from tcaq.models.load import weights_hash
+from tcaq.models.units import default_plan, resolve
+from tcaq.recipes.job import Job, Judge
+from tcaq.recipes.minmax import minmax
+from tcaq.recipes.tcaq import tcaq
+from tcaq.runs import OnProgress, Run, silent
+from tcaq.spec.plan import Plan, ResolvedPlan
+from tcaq.spec.recipe import Recipe
+
+PROGRAMS: dict[str, Callable[[Job], None]] = {"minmax": minmax, "tcaq": tcaq}
+RUN_FOLDER = "run"
+
+
+def resolved_plan(denoiser: nn.Module, recipe: Recipe, plan: Plan | None = None) -> ResolvedPlan:
+    """The table that a recipe would quantize a denoiser by; `plan` takes the place of the default rules."""
+    rules = plan or default_plan(denoiser, recipe.weights, recipe.activations, adaptive=recipe.daq is not None)
+    return resolve(denoiser, rules)
+
+
+def identity(pipe: DiffusionPipeline, recipe: Recipe, table: ResolvedPlan, *, judged: bool) -> dict[str, Any]:
+    """All that determines the outcome of a run."""
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "plan": table.model_dump(mode="json"),
+        "weights": weights_hash(find_denoiser(pipe)[1]),
+        "scheduler": {k: v for k, v in sorted(pipe.scheduler.config.items()) if not k.startswith("_")},
+        "judged": judged,
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+    }
+
+
+def quantize(
+    pipe: DiffusionPipeline,
+    recipe: Recipe | None = None,
+    output: str | Path | None = None,
+    *,
+    plan: Plan | None = None,
+    judge: Judge | None = None,
+    on_progress: OnProgress = silent,
+) -> DiffusionPipeline:
+    """Quantize the denoiser of a pipeline in place.
+
+    Args: recipe: what to do (default: `tcaq`, W4A4); output: folder for the run and the checkpoint - a second call with the same
+        arguments goes on where the first one stopped; without it nothing is kept on disk; plan: rules in place of the
+        default ones; judge: distance between float and quantized images by which alignment decides when to stop.
+    Returns: the same pipeline, its denoiser holding packed integer codes; `save_pretrained` writes the checkpoint.
+    Raises: UsageError, PlanError, ModelError, NumericalError, RunError.
+    """
+    recipe = recipe or Recipe()
+    if recipe.program not in PROGRAMS:
+        raise UsageError(f"unknown recipe program {recipe.program!r}; known: {', '.join(PROGRAMS)}")
+    table = resolved_plan(find_denoiser(pipe)[1], recipe, plan)
+    who = identity(pipe, recipe, table, judged=judge is not None)
+    with tempfile.TemporaryDirectory(prefix="tcaq-run-") as temporary:
+        folder = Path(output) / RUN_FOLDER if output is not None else Path(temporary) / RUN_FOLDER
+        with Run.open(folder, who, on_progress) as run:
+            job = Job(pipe, recipe, table, run, judge)
+            PROGRAMS[recipe.program](job)
+        config = TcaqConfig(plan=table, groups=job.groups, recipe=recipe.model_dump(mode="json"))
+        pack(job.denoiser, config)
+        if output is not None:
+            save(pipe, Path(output))
+    return pipe

@@ -1,0 +1,38 @@
+"""TCAQ-DM (Huang et al., AAAI 2025): TCR, DAQ, and progressively aligned reconstruction."""
+
+from __future__ import annotations
+
+from tcaq.recipes.job import Collected, Job
+from tcaq.spec.recipe import Reconstruction
+
+
+def tcaq(job: Job) -> None:
+    """Initialise with TCR and DAQ, then reconstruct on trajectories that follow the quantized model more and more."""
+    data = job.collect(0)
+    job.insert(data.trajectories)
+    ranges = job.observe(data.trajectories)
+    job.equalize(ranges)
+    job.scale(ranges, data.trajectories)
+    job.select(data.trajectories)
+    if job.recipe.reconstruction is not None:
+        align(job, job.recipe.reconstruction, data)
+
+
+def align(job: Job, spec: Reconstruction, data: Collected) -> None:
+    """PAR: round 0 on the float model's trajectories, every further round on those of the quantized model.
+
+    Stops before the last round, and goes back one, when the distance to the float model's images no longer falls.
+    """
+    rounds = job.recipe.alignment.rounds if job.recipe.alignment else 0
+    float_images, best = data.images, float("inf")
+    for round_ in range(rounds + 1):
+        iterations = job.recipe.alignment.iterations if round_ and job.recipe.alignment else spec.iterations
+        job.reconstruct(round_, data.trajectories, iterations)
+        if rounds == 0:
+            return
+        data = job.collect(round_ + 1)
+        score = job.score(round_, float_images, data.images)
+        if score is not None and score >= best:
+            job.restore(round_ - 1)
+            return
+        best = best if score is None else score

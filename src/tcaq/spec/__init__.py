@@ -1,0 +1,1 @@
+"""What to do, as frozen pydantic models that round-trip JSON."""

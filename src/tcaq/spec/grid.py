@@ -1,0 +1,57 @@
+"""Grids: which values a tensor may take."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from tcaq.spec.base import Spec
+
+Bits = Annotated[int, Field(ge=2, le=8)]
+
+
+class AffineGrid(Spec):
+    """Evenly spaced values `(q - zero_point) * scale`."""
+
+    code: Literal["affine"] = "affine"
+    bits: Bits
+    signed: bool = False
+    symmetric: bool = False
+
+    def __str__(self) -> str:
+        return f"{'s' if self.symmetric else 'a'}{'int' if self.signed else 'uint'}{self.bits}"
+
+
+class Log2Grid(Spec):
+    """Powers of two and zero, for attention probabilities."""
+
+    code: Literal["log2"] = "log2"
+    bits: Bits
+
+    def __str__(self) -> str:
+        return f"log2-{self.bits}"
+
+
+class UnitGrid(Spec):
+    """Evenly spaced values from zero (`zero_point = 0`), for attention probabilities."""
+
+    code: Literal["unit"] = "unit"
+    bits: Bits
+
+    def __str__(self) -> str:
+        return f"unit{self.bits}"
+
+
+class AdaptiveGrid(Spec):
+    """Log2 or evenly spaced from zero, chosen per step group from the data (DAQ)."""
+
+    code: Literal["adaptive"] = "adaptive"
+    bits: Bits
+
+    def __str__(self) -> str:
+        return f"daq{self.bits}"
+
+
+ProbabilityGrid = Log2Grid | UnitGrid | AdaptiveGrid
+Grid = Annotated[AffineGrid | Log2Grid | UnitGrid | AdaptiveGrid, Field(discriminator="code")]

@@ -1,0 +1,102 @@
+"""Recipes: which program runs, with which options. Presets are data, the same three for every recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from tcaq.numerics.powerlaw import Alternative
+from tcaq.spec.base import Spec
+from tcaq.spec.grid import Bits
+from tcaq.spec.steps import StepGrouping
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Calibration(Spec):
+    """What is recorded: `images` trajectories of `steps` steps; every step of every image, in batches of `batch`."""
+
+    images: Positive = 64
+    steps: Positive = 50
+    batch: Positive = 32
+
+
+class RangeSearch(Spec):
+    """How scales start: both ends shrink over `candidates` factors (1: min-max), scored by |x - x_hat|^power."""
+
+    weight_candidates: Positive = 80
+    input_candidates: Positive = 80
+    power: Annotated[float, Field(gt=0)] = 2.4
+    values: Positive = 16384
+
+
+class Tcr(Spec):
+    """Timestep-channel joint reparameterization; `percentile` 0 is the paper's minimum."""
+
+    percentile: Fraction = 0.05
+    truncate: Annotated[float, Field(ge=1)] = 10.0
+    strength: Fraction = 0.5
+    kinds: tuple[Literal["conv", "linear"], ...] = ("conv",)
+
+
+class Daq(Spec):
+    """Dynamically adaptive quantizer for attention probabilities."""
+
+    alternative: Alternative = "exponential"
+    p_min: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+
+
+class Reconstruction(Spec):
+    """Block reconstruction: AdaRound and learned step sizes, unit by unit in execution order."""
+
+    iterations: Positive = 1000
+    batch: Positive = 32
+    inputs: Positive = 1024
+    schedule: Literal["joint", "two-phase"] = "joint"
+    rounding_rate: Annotated[float, Field(gt=0)] = 1e-2
+    scale_rate: Annotated[float, Field(gt=0)] = 1e-3
+    power: Annotated[float, Field(gt=0)] = 2.0
+    penalty: Annotated[float, Field(ge=0)] = 0.01
+    warmup: Fraction = 0.2
+    drop: Fraction = 0.5
+
+
+class Alignment(Spec):
+    """Progressively aligned reconstruction: further rounds on trajectories of the quantized model."""
+
+    rounds: Annotated[int, Field(ge=0)] = 1
+    iterations: Positive = 300
+
+
+class Recipe(Spec):
+    """A named program with all its options; None switches a part off."""
+
+    program: str = "tcaq"
+    weights: Bits = 4
+    activations: Bits = 4
+    step_groups: StepGrouping = "per-step"
+    calibration: Calibration = Calibration()
+    ranges: RangeSearch = RangeSearch()
+    tcr: Tcr | None = Tcr()
+    daq: Daq | None = Daq()
+    reconstruction: Reconstruction | None = Reconstruction()
+    alignment: Alignment | None = Alignment()
+    memory: Annotated[float, Field(gt=0, description="GiB the activation cache may hold before it spills to disk")] = (
+        4.0
+    )
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    def changed(self, changes: dict[str, Any]) -> Recipe:
+        """This recipe with some fields changed, inner ones too. Raises: UsageError listing every value not allowed."""
+        return Recipe.parse(merged(self.model_dump(mode="json"), changes), where="changed recipe")
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` laid over it, dictionaries inside dictionaries included."""
+    result = dict(base)
+    for key, value in changes.items():
+        inner = result.get(key)
+        result[key] = merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return result

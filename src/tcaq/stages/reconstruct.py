@@ -1,0 +1,220 @@
+"""Reconstruct: fit each unit's rounding and step sizes to what the float unit puts out (BRECQ, Li et al. 2021; AdaRound)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from tcaq.errors import NumericalError
+from tcaq.layers.insert import QuantizedLayer, quantized_layers
+from tcaq.layers.modes import Mode, running
+from tcaq.layers.weighted import QuantizedWeight
+from tcaq.models.denoiser import clock_of
+from tcaq.models.sampler import Trajectories
+from tcaq.models.units import Unit
+from tcaq.quantizers.affine import AffineQuantizer
+from tcaq.quantizers.clock import StepClock
+from tcaq.records import Record
+from tcaq.spec.recipe import Reconstruction
+from tcaq.stages.cache import ActivationCache
+from tcaq.stages.replay import Call, Replay
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What a unit learns from: its inputs in the float and in the quantized stream, the float outputs, and each row's timestep."""
+
+    float_inputs: Call
+    inputs: Call
+    targets: Tensor
+    timesteps: Tensor
+
+
+class Reconstructor:
+    """Fits units one after another over one set of trajectories; each fit depends on the units fitted before it."""
+
+    def __init__(
+        self, denoiser: nn.Module, units: list[Unit], trajectories: Trajectories, spec: Reconstruction, *,
+        iterations: int, trust: float, memory: float, seed: int, spill: Path | None = None,
+    ) -> None:  # fmt: skip
+        """Args: iterations: per unit; trust: how firmly earlier roundings are held (0: start from the float weight);
+        memory: GiB of activations kept in memory; seed: of the choice of inputs and batches."""
+        self.denoiser, self.spec, self.seed = denoiser, spec, seed
+        self.iterations, self.trust = iterations, trust
+        self.units = {unit.name: unit for unit in units}
+        samples, self.timesteps = draw_inputs(trajectories, spec.inputs, seed)
+        batches = list(zip(samples.split(spec.batch), self.timesteps.split(spec.batch), strict=True))
+        self.cache = ActivationCache(int(memory * 2**30), spill)
+        self.replay = Replay(denoiser, units, batches, self.cache)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cache.__exit__(kind, error, trace)
+
+    def fit(self, name: str) -> Record:
+        """Fit one unit and record its codes, scales, and loss before and after."""
+        unit = self.units[name]
+        teaching = self._teaching(unit)
+        clock = clock_of(self.denoiser)
+        generator = torch.Generator().manual_seed(self.seed)
+        before = unit_loss(unit, teaching, clock, self.spec)
+        if self.spec.schedule == "joint":
+            learn(unit, teaching, clock, self, generator, rounding=True, scales=True)
+        else:
+            learn(unit, teaching, clock, self, generator, rounding=True, scales=False)
+            learn(unit, teaching, clock, self, generator, rounding=False, scales=True)
+        after = unit_loss(unit, teaching, clock, self.spec)
+        return Record(unit_state(unit), {"unit": name, "loss_before": before, "loss_after": after})
+
+    def _teaching(self, unit: Unit) -> Teaching:
+        float_inputs = self.replay.inputs(unit, Mode.FLOAT)
+        inputs = self.replay.inputs(unit, Mode.FAKE)
+        with running(unit.module, Mode.FLOAT), torch.no_grad():
+            rows = len(self.timesteps)
+            parts = [rows_of(float_inputs, part)(unit.module) for part in torch.arange(rows).split(self.spec.batch)]
+        return Teaching(float_inputs, inputs, torch.cat(parts), self.timesteps)
+
+
+def draw_inputs(trajectories: Trajectories, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """`count` of the recorded (x_t, t), every step about equally often, in random order; [n, ...] and [n]."""
+    steps, images = trajectories.samples.shape[:2]
+    generator = torch.Generator().manual_seed(seed)
+    # a random order of the images for each step, read step by step: each step appears once before any appears twice
+    order = torch.stack([torch.randperm(images, generator=generator) for _ in range(steps)], dim=1)
+    pairs = torch.stack([torch.arange(steps).expand(images, steps), order], dim=-1).reshape(-1, 2)[:count]
+    pairs = pairs[torch.randperm(len(pairs), generator=generator)]
+    return trajectories.samples[pairs[:, 0], pairs[:, 1]], trajectories.timesteps[pairs[:, 0]]
+
+
+def rows_of(call: Call, rows: Tensor) -> Call:
+    """Some rows of a joined call."""
+    return call.map(lambda value: value[rows])
+
+
+def distance(output: Tensor, target: Tensor, power: float) -> Tensor:
+    """Per-sample p-norm of the error, to the power p: summed over channels, mean over samples and positions."""
+    return (output - target).abs().pow(power).sum(dim=1).mean()
+
+
+@torch.no_grad()
+def unit_loss(unit: Unit, teaching: Teaching, clock: StepClock, spec: Reconstruction) -> float:
+    """Error of the quantized unit on quantized inputs, relative to the mean square of its float output."""
+    total = 0.0
+    for rows in torch.arange(len(teaching.timesteps)).split(spec.batch):
+        clock.set(teaching.timesteps[rows])
+        output = rows_of(teaching.inputs, rows)(unit.module)
+        total += float((output - teaching.targets[rows]).double().square().sum())
+    loss = total / float(teaching.targets.double().square().sum().clamp(min=1e-30))
+    if loss != loss or loss == float("inf"):
+        raise NumericalError(f"the quantized output of unit {unit.name!r} is not finite")
+    return loss
+
+
+def learn(
+    unit: Unit,
+    teaching: Teaching,
+    clock: StepClock,
+    run: Reconstructor,
+    generator: torch.Generator,
+    *,
+    rounding: bool,
+    scales: bool,
+) -> None:
+    """Learn roundings, step sizes, or both together, then fold them into codes and scales."""
+    spec, iterations = run.spec, run.iterations
+    layers = [layer for _, layer in quantized_layers(unit.module)]
+    groups = begin(layers, spec, run.trust, rounding=rounding, scales=scales)
+    optimizer = torch.optim.Adam(groups)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    learned = {id(parameter) for group in groups for parameter in group["params"]}
+    frozen = [p for p in unit.module.parameters() if p.requires_grad and id(p) not in learned]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    for iteration in range(iterations):
+        rows = torch.randint(len(teaching.timesteps), (spec.batch,), generator=generator)
+        clock.set(teaching.timesteps[rows])
+        inputs = rows_of(teaching.inputs, rows).zip(
+            rows_of(teaching.float_inputs, rows), lambda q, f: mixed(q, f, spec.drop, generator)
+        )
+        loss = distance(inputs(unit.module), teaching.targets[rows], spec.power)
+        beta = annealed(iteration, iterations, spec.warmup)
+        if rounding and beta is not None:
+            penalties = [layer.weight_quantizer.penalty(beta) for layer in layers if isinstance(layer, QuantizedWeight)]
+            loss = loss + spec.penalty * torch.stack(penalties).sum() if penalties else loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    end(layers)
+
+
+def begin(
+    layers: list[QuantizedLayer], spec: Reconstruction, trust: float, *, rounding: bool, scales: bool
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Make the variables of the layers and say at which rate each is learned."""
+    groups: list[dict[str, Any]] = []
+    for layer in layers:
+        if rounding and isinstance(layer, QuantizedWeight):
+            alpha = layer.weight_quantizer.begin_learning(layer.equalized_weight().detach(), trust)
+            groups.append({"params": alpha, "lr": spec.rounding_rate})
+        for quantizer in layer.operands.values():
+            if scales and isinstance(quantizer, AffineQuantizer):
+                groups.append({"params": quantizer.begin_learning(), "lr": spec.scale_rate})
+    return groups
+
+
+def end(layers: list[QuantizedLayer]) -> None:
+    """Fold what was learned into codes and scales."""
+    for layer in layers:
+        if isinstance(layer, QuantizedWeight):
+            layer.weight_quantizer.end_learning(layer.equalized_weight().detach())
+        for quantizer in layer.operands.values():
+            if isinstance(quantizer, AffineQuantizer):
+                quantizer.end_learning()
+
+
+def mixed(quantized: Tensor, float_: Tensor, drop: float, generator: torch.Generator) -> Tensor:
+    """Each element from the float stream with probability `drop` (QDrop, Wei et al. 2022)."""
+    if drop == 0.0:
+        return quantized
+    return torch.where(torch.rand(quantized.shape, generator=generator) < drop, float_, quantized)
+
+
+def annealed(iteration: int, total: int, warmup: float, start: float = 20.0, stop: float = 2.0) -> float | None:
+    """AdaRound's beta: none during warm-up, then from `start` linearly down to `stop`."""
+    begin_at = warmup * total
+    if iteration < begin_at:
+        return None
+    return stop + (start - stop) * (1.0 - (iteration - begin_at) / max(1.0, total - begin_at))
+
+
+def unit_state(unit: Unit) -> dict[str, Tensor]:
+    """Every quantizer buffer of a unit, by its name inside the unit."""
+    return {
+        f"{name}|{key}": value.clone()
+        for name, layer in quantized_layers(unit.module)
+        for key, value in layer.state_dict().items()
+        if "quantizer." in key
+    }
+
+
+def apply_unit(unit: Unit, record: Record) -> None:
+    """Write a fitted unit's state back."""
+    state = unit_state(unit)
+    with torch.no_grad():
+        for name, layer in quantized_layers(unit.module):
+            buffers = dict(layer.named_buffers())
+            for key in buffers:
+                if f"{name}|{key}" in state:
+                    buffers[key].copy_(record.tensors[f"{name}|{key}"])
