@@ -42,7 +42,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DEBIAN_FOLDER, help="folder with the four IDX files")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--iterations", type=int, default=7500)
+    parser.add_argument("--iterations", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=8e-4, help="peak learning rate")
     parser.add_argument("--ema", type=float, default=0.999)
@@ -51,11 +51,16 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def rate_at(iteration: int, total: int, warmup: int = 200) -> float:
-    """Linear warm-up, then a cosine down to zero, as a factor of the peak rate."""
+def rate_at(iteration: int, total: int, warmup: int = 200, cooldown: float = 0.35) -> float:
+    """The learning rate as a factor of its peak.
+
+    Linear warm-up, then a slow cosine that would take half as long again as the training, and over the last part a linear way
+    down to zero: most of the training at a high rate, and still a settled end.
+    """
     if iteration < warmup:
         return (iteration + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (iteration - warmup) / max(1, total - warmup)))
+    slow = 0.5 * (1 + math.cos(math.pi * (iteration - warmup) / (1.5 * total - warmup)))
+    return slow * min(1.0, (total - iteration) / (cooldown * total))
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from tcaq.errors import UsageError
 from tcaq.models.sampler import batches, sample
 from tcaq.models.seeds import image_seeds
 from tcaq.records import replacing
-from tcaq.report.grid import grid_image, image_of
+from tcaq.report.grid import grid_image
 
 
 @app.command("sample")
@@ -42,7 +42,7 @@ def sample_command(
         with replacing(output) as path:
             grid_image(images, columns=max(1, round(num**0.5))).save(path, format="PNG")
     else:
-        for index, image in enumerate(images):
+        for index, image in enumerate(images.split(1)):
             with replacing(output / f"{index:05d}.png") as path:
-                image_of(image).save(path, format="PNG")
+                grid_image(image, columns=1, scale=1).save(path, format="PNG")
     console.print(f"{num} images written to {output}")

@@ -1,0 +1,157 @@
+"""The commands on a tiny local pipeline: results, exit codes, and what is said when something is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from typer.testing import CliRunner
+
+from tcaq.cli import app
+from tcaq.models.sampler import sample
+from tcaq.models.seeds import image_seeds
+
+RUNNER = CliRunner()
+
+
+class Pixels(nn.Module):
+    """A feature extractor for these tests: mean and spread of an image's quarters."""
+
+    num_features = 4
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        values = images.float().mean(1)
+        return torch.stack([values[:, i::2, j::2].mean((1, 2)) for i in (0, 1) for j in (0, 1)], 1)
+
+
+def invoke(*args: object):
+    return RUNNER.invoke(app, [str(a) for a in args])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A float pipeline on disk and its quantization by the command."""
+    from tests.conftest import build_pipeline
+
+    root = tmp_path_factory.mktemp("cli")
+    build_pipeline().save_pretrained(root / "float")
+    result = invoke(*quantization(root), "--json")
+    assert result.exit_code == 0, result.output
+    return root, json.loads(result.stdout)
+
+
+def quantization(root: Path) -> list[object]:
+    return [
+        "quantize", root / "float", "--output", root / "w4a4", "--preset", "fast", "--samples", 2, "--steps", 3,
+        "--weights", 4, "--activations", 6, "--step-groups", 2, "--seed", 5,
+    ]  # fmt: skip
+
+
+def test_quantize_obeys_its_options_and_resumes(folders):
+    root, summary = folders
+    assert summary["recipe"]["activations"] == 6
+    assert summary["recipe"]["step_groups"] == 2
+    assert summary["recipe"]["calibration"] == {"images": 2, "steps": 3, "batch": 32}
+    assert (root / "w4a4" / "model_index.json").is_file()
+    again = invoke(*quantization(root), "--json")
+    assert again.exit_code == 0
+    assert json.loads(again.stdout)["seconds"] == summary["seconds"]  # nothing was computed twice
+
+
+def test_plan_prints_the_table_without_running(folders):
+    root, _ = folders
+    result = invoke("plan", root / "float", "--weights", 3, "--activations", 5, "--json")
+    assert result.exit_code == 0
+    rows = {row["name"]: row for row in json.loads(result.stdout)["layers"]}
+    assert rows["mid_block.resnets.0.conv1"]["weight"]["bits"] == 3
+    assert rows["mid_block.resnets.0.conv1"]["inputs"][0]["bits"] == 5
+    assert rows["conv_in"]["weight"]["bits"] == 8
+    assert "conv_in" in invoke("plan", root / "float").stdout
+
+
+def test_plan_file_replaces_the_rules(folders, tmp_path):
+    root, _ = folders
+    rules = [
+        {"match": "conv_in", "reason": "kept for this test"},
+        {"match": "*", "kinds": ["scores", "mix"], "left": {"code": "affine", "bits": 8}, "right": {"code": "affine", "bits": 8}},
+        {"match": "*", "weight": {"bits": 2}, "input": {"bits": 8}},
+    ]  # fmt: skip
+    (tmp_path / "plan.json").write_text(json.dumps({"rules": rules}))
+    result = invoke("plan", root / "float", "--plan", tmp_path / "plan.json", "--json")
+    rows = {row["name"]: row for row in json.loads(result.stdout)["layers"]}
+    assert rows["conv_in"]["reason"] == "kept for this test"
+    assert rows["conv_out"]["weight"]["bits"] == 2
+
+
+def test_sample_writes_the_images_of_the_seeds(folders, tmp_path):
+    from tests.conftest import build_pipeline
+
+    root, _ = folders
+    options = ["--num", 3, "--steps", 2, "--seed", 4, "--batch", 2]
+    assert invoke("sample", root / "float", *options, "--output", tmp_path / "s").exit_code == 0
+    expected = sample(build_pipeline(), image_seeds("sample", 4, 0, 2), 2)
+    for index in range(2):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "s" / f"{index:05d}.png")), expected[index, 0].numpy())
+    assert len(list((tmp_path / "s").iterdir())) == 3
+    assert invoke("sample", root / "w4a4", "--num", 4, "--steps", 2, "--output", tmp_path / "grid.png").exit_code == 0
+    assert Image.open(tmp_path / "grid.png").size[0] >= 32
+
+
+def test_evaluate_writes_every_key_and_resumes(folders, tmp_path, monkeypatch):
+    root, _ = folders
+    np.savez(tmp_path / "real.npz", mean=np.zeros(4), covariance=np.eye(4))
+    args = [
+        "evaluate", root / "w4a4", "--reference", root / "float", "--num", 5, "--steps", 2, "--batch", 3,
+        "--features", "tests.cli.test_verbs:Pixels", "--real", tmp_path / "real.npz", "--json", tmp_path / "out.json",
+    ]  # fmt: skip
+    result = invoke(*args)
+    assert result.exit_code == 0, result.output
+    scores = json.loads((tmp_path / "out.json").read_text())
+    assert set(scores) == {"float", "quantized", "paired", "ratio", "num", "seed", "features", "versions"}
+    assert set(scores["paired"]) == {"psnr", "ssim", "sqnr_per_step", "fd_to_float"}
+    assert scores["ratio"]["fd"] == pytest.approx(scores["quantized"]["fd"] / scores["float"]["fd"])
+    assert [row["timestep"] for row in scores["paired"]["sqnr_per_step"]] == [500, 0]
+    assert (scores["num"], scores["seed"]) == (5, 1)
+    monkeypatch.setattr("tcaq.evaluate.sampling.sample", lambda *_: pytest.fail("a finished batch was sampled again"))
+    assert invoke(*args).exit_code == 0
+    assert json.loads((tmp_path / "out.json").read_text()) == scores
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        (
+            ["quantize", "reference", "--output", "o", "--recipe", "tcak"],
+            2,
+            "unknown recipe 'tcak'; known: tcaq, minmax",
+        ),
+        (["quantize", "reference", "--output", "o", "--weights", "9"], 2, "weights"),
+        (["quantize", "reference", "--output", "o", "--step-groups", "many"], 2, "--step-groups 'many'"),
+        (["quantize", "reference", "--output", "o", "--plan", "absent.json"], 2, "absent.json"),
+        (["quantize", "no/such-model-anywhere", "--output", "o"], 1, "no/such-model-anywhere"),
+        (["sample", "reference", "--output", "images.gif"], 2, "images.gif"),
+        (["evaluate", "nowhere", "--reference", "reference"], 1, "nowhere"),
+        (["evaluate", "nowhere", "--reference", "reference", "--features", "colour"], 2, "colour"),
+        (["no-such-verb"], 2, "no-such-verb"),
+    ],
+)
+def test_wrong_use_says_so_and_exits(args, code, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = invoke(*args)
+    assert result.exit_code == code, result.output
+    assert says in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "o" / "model_index.json").exists()
+
+
+def test_an_unfinished_quantization_is_not_taken_for_a_checkpoint(folders, tmp_path):
+    (tmp_path / "half" / "run").mkdir(parents=True)
+    result = invoke("sample", tmp_path / "half", "--output", tmp_path / "x.png")
+    assert result.exit_code == 1
+    assert "not finished" in " ".join(result.output.split())

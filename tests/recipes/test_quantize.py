@@ -1,0 +1,227 @@
+"""The whole job on a tiny model: results, records, resuming, refusals."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDPMScheduler, EulerDiscreteScheduler
+
+import tcaq
+from tcaq.errors import NumericalError, PlanError, RunError, UsageError
+from tcaq.models.sampler import sample
+from tcaq.models.seeds import image_seeds
+from tcaq.recipes.presets import preset_recipe
+from tcaq.recipes.quantize import quantize
+from tcaq.runs import Run
+from tcaq.spec.grid import AffineGrid
+from tcaq.spec.plan import Plan, Rule
+
+SMALL = {
+    "calibration": {"images": 4, "steps": 3, "batch": 2},
+    "ranges": {"values": 500, "weight_candidates": 4, "input_candidates": 4},
+    "reconstruction": {"iterations": 3, "inputs": 8, "batch": 4},
+    "alignment": {"rounds": 1, "iterations": 2},
+}
+
+
+def small(program="tcaq", **options):
+    return preset_recipe(program, "full", **({**SMALL, **options} if program == "tcaq" else options))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.safetensors"))}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """One undisturbed quantization."""
+    from tests.conftest import build_pipeline
+
+    folder = tmp_path_factory.mktemp("done") / "out"
+    return quantize(build_pipeline(), small(), folder), folder
+
+
+def test_checkpoint_loads_through_diffusers_and_is_the_model_in_memory(done):
+    pipe, folder = done
+    loaded = DDIMPipeline.from_pretrained(folder)
+    seeds = image_seeds("sample", 0, 0, 3)
+    assert torch.equal(sample(loaded, seeds, 3), sample(pipe, seeds, 3))
+    x = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(loaded.unet(x, torch.tensor([3, 900])).sample, pipe.unet(x, torch.tensor([3, 900])).sample)
+
+
+def test_every_stage_leaves_its_record(done):
+    run = Run.read(done[1] / "run")
+    assert run.finished() == [
+        "collect/0", "collect/1", "collect/2", "equalize", "observe", "reconstruct/0", "reconstruct/1",
+        "scale/inputs", "scale/weights", "select",
+    ]  # fmt: skip
+    losses = [record.meta for _, record in run.results("reconstruct/0")]
+    assert len(losses) == 23
+    assert all(0 <= m["loss_after"] < 10 for m in losses)
+    choices = next(record for _, record in run.results("select")).meta["choices"]
+    assert set(choices["mid_block.attentions.0.mix"][0]) >= {"ratio", "use_log2", "error_even", "error_log2"}
+
+
+@pytest.mark.parametrize("steps", [2, 7])
+def test_runs_with_other_numbers_of_steps(done, steps):
+    images = sample(done[0], image_seeds("sample", 0, 0, 2), steps)
+    assert images.shape == (2, 1, 16, 16)
+
+
+@pytest.mark.parametrize("scheduler", [DDPMScheduler, EulerDiscreteScheduler])
+def test_runs_under_another_scheduler(done, scheduler):
+    pipe = DDIMPipeline.from_pretrained(done[1])
+    other = scheduler.from_config(pipe.scheduler.config)
+    other.set_timesteps(4)
+    x = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * other.init_noise_sigma
+    with torch.no_grad():
+        for t in other.timesteps:  # fractional timesteps for Euler
+            x = other.step(pipe.unet(other.scale_model_input(x, t), t).sample, t, x).prev_sample
+    assert torch.isfinite(x).all()
+
+
+def test_minmax_collapses_no_stage_into_another(tiny_pipeline, tmp_path):
+    recipe = small("minmax", calibration={"images": 2, "steps": 2})
+    quantize(tiny_pipeline(), recipe, tmp_path / "out")
+    assert Run.read(tmp_path / "out" / "run").finished() == [
+        "collect/0", "observe", "scale/inputs", "scale/weights", "select",
+    ]  # fmt: skip
+
+
+def test_eight_bits_are_closer_than_four(tiny_pipeline):
+    seeds = image_seeds("sample", 1, 0, 2)
+    x = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+    t = torch.tensor([0, 333, 666, 999])
+    original = tiny_pipeline()
+    with torch.no_grad():
+        expected = original.unet(x, t).sample
+        errors = []
+        for bits in (4, 8):
+            options = {"weights": bits, "activations": bits, "calibration": {"images": 2, "steps": 3}}
+            pipe = quantize(tiny_pipeline(), preset_recipe("tcaq", "fast", **options))
+            errors.append(float((pipe.unet(x, t).sample - expected).square().mean()))
+    assert errors[1] < errors[0] / 20
+    assert sample(pipe, seeds, 2).shape == (2, 1, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "absent"),
+    [({"tcr": None}, "equalize"), ({"alignment": None}, "reconstruct/1"), ({"reconstruction": None}, "reconstruct/0")],
+)
+def test_each_part_can_be_left_out(tiny_pipeline, tmp_path, change, absent):
+    quantize(tiny_pipeline(), small(**change), tmp_path / "out")
+    finished = Run.read(tmp_path / "out" / "run").finished()
+    assert absent not in finished
+    assert "scale/inputs" in finished
+
+
+def test_without_daq_every_probability_grid_is_even(tiny_pipeline):
+    pipe = quantize(tiny_pipeline(), small(daq=None, reconstruction=None))
+    quantizer = pipe.unet.mid_block.attentions[0].mix.left_quantizer
+    assert str(quantizer.grid) == "unit4"
+    assert not quantizer.use_log2.any()
+
+
+def test_alignment_goes_back_when_the_distance_no_longer_falls(tiny_pipeline, tmp_path):
+    answers = iter([5.0, 7.0])
+    quantize(tiny_pipeline(), small(), tmp_path / "judged", judge=lambda a, b: next(answers))
+    kept = quantize(tiny_pipeline(), small(alignment=None), tmp_path / "round0")
+    back = tcaq.load(tmp_path / "judged")
+    for (name, a), b in zip(kept.unet.state_dict().items(), back.unet.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    scores = [r.meta["fd"] for n in (0, 1) for _, r in Run.read(tmp_path / "judged" / "run").results(f"score/{n}")]
+    assert scores == [5.0, 7.0]
+
+
+def test_stopped_at_any_stage_it_goes_on_to_the_same_bytes(done, tiny_pipeline, tmp_path):
+    class StopError(Exception):
+        pass
+
+    stops = [("collect/0", 1), ("scale/weights", 0), ("reconstruct/0", 9), ("collect/1", 1), ("reconstruct/1", 22)]
+    for stage, at in stops:
+
+        def stop(name, done_, total, resumed, stage=stage, at=at):
+            if (name, done_, resumed) == (stage, at, False):
+                raise StopError
+
+        with pytest.raises(StopError):
+            quantize(tiny_pipeline(), small(), tmp_path / "out", on_progress=stop)
+    quantize(tiny_pipeline(), small(), tmp_path / "out")
+    assert files(tmp_path / "out") == files(done[1])
+
+
+KILLED = """
+import sys, torch
+torch.set_num_threads(1)
+from tests.conftest import build_pipeline
+from tests.recipes.test_quantize import small
+from tcaq.recipes.quantize import quantize
+quantize(build_pipeline(), small(), sys.argv[1], on_progress=lambda *a: print(*a, flush=True))
+"""
+
+
+@pytest.mark.timeout(600)
+def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path):
+    folders = tmp_path / "undisturbed", tmp_path / "killed"
+    command = [sys.executable, "-c", KILLED]
+    began = time.monotonic()
+    subprocess.run([*command, str(folders[0])], check=True, stdout=subprocess.DEVNULL)
+    whole = time.monotonic() - began
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        process = subprocess.Popen([*command, str(folders[1])], stdout=subprocess.PIPE, text=True)
+        process.stdout.readline()  # imports are over, work has begun
+        time.sleep(float(torch.rand(1, generator=draw)) * whole * 0.3)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run([*command, str(folders[1])], check=True, stdout=subprocess.DEVNULL)
+    assert files(folders[0]) == files(folders[1])
+
+
+def test_another_recipe_never_reuses_the_run(done, tiny_pipeline):
+    before = files(done[1])
+    with pytest.raises(RunError, match=r"recipe\.weights"):
+        quantize(tiny_pipeline(), small(weights=6), done[1])
+    assert files(done[1]) == before
+
+
+def test_other_weights_never_reuse_the_run(done, tiny_pipeline):
+    pipe = tiny_pipeline()
+    with torch.no_grad():
+        pipe.unet.conv_in.bias.add_(1e-3)
+    with pytest.raises(RunError, match="weights"):
+        quantize(pipe, small(), done[1])
+
+
+def test_refusals_before_anything_is_written(tiny_pipeline, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match="unknown recipe 'tcak'"):
+        preset_recipe("tcak", "full")
+    with pytest.raises(UsageError, match="unknown preset 'best'"):
+        preset_recipe("tcaq", "best")
+    with pytest.raises(UsageError, match=r"weights.*given: 9.*activations.*given: 1"):
+        preset_recipe("tcaq", "full", weights=9, activations=1)
+    grid = AffineGrid(bits=4)
+    with pytest.raises(PlanError, match="no rule matches layer"):
+        quantize(tiny_pipeline(), small(), out, plan=Plan(rules=(Rule(match="conv_in", weight=grid, input=grid),)))
+    pipe = tiny_pipeline()
+    with torch.no_grad():
+        pipe.unet.conv_out.weight[0, 0, 0, 0] = float("inf")
+    with pytest.raises(NumericalError, match=r"'conv_out.weight' holds NaN or infinity"):
+        quantize(pipe, small(), out)
+    assert not out.exists()
+
+
+def test_an_output_folder_with_other_things_is_refused(tiny_pipeline, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("do not touch")
+    with pytest.raises(RunError, match=r"not a run of tcaq.*thesis.txt"):
+        quantize(tiny_pipeline(), small(), tmp_path)

@@ -1,0 +1,133 @@
+"""Observe, equalize, scale and select against direct computation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tcaq.errors import NumericalError
+from tcaq.layers.insert import quantized_layers
+from tcaq.layers.modes import floating, observing
+from tcaq.layers.weighted import QuantizedWeight
+from tcaq.numerics.equalize import tcr_vector
+from tcaq.numerics.ranges import search_range
+from tcaq.spec.recipe import Daq, RangeSearch, Tcr
+from tcaq.stages.equalize import equalize
+from tcaq.stages.observe import observe
+from tcaq.stages.scale import apply_input_scales, apply_weight_scales, nearest_group, scale_inputs, scale_weights
+from tcaq.stages.select import select
+
+from .conftest import SEARCH, build
+
+LAYER = "mid_block.resnets.0.conv1"
+
+
+def inputs_of(scene, name, argument=0):
+    """Every step's input of one layer, caught in a plain pass."""
+    caught = []
+    layer = scene.unet.get_submodule(name)
+    handle = layer.register_forward_pre_hook(lambda _, args: caught.append(args[argument].detach().clone()))
+    with observing(scene.unet), torch.no_grad():
+        for x, t in zip(scene.trajectories.samples, scene.trajectories.timesteps, strict=True):
+            scene.unet(x, t)
+    handle.remove()
+    return caught
+
+
+def test_observed_ranges_are_those_of_the_inputs(scene):
+    caught = inputs_of(scene, LAYER)
+    for k, x in enumerate(caught):
+        channels = x.movedim(1, 0).flatten(1)
+        assert torch.equal(scene.ranges.tensors[f"{LAYER}|low"][k], channels.amin(1))
+        assert torch.equal(scene.ranges.tensors[f"{LAYER}|high"][k], channels.amax(1))
+        torch.testing.assert_close(scene.ranges.tensors[f"{LAYER}|square"][k], channels.square().mean(1))
+    names = {n for n, layer in quantized_layers(scene.unet) if isinstance(layer, QuantizedWeight)}
+    assert {key.split("|")[0] for key in scene.ranges.tensors} - {"timesteps"} == names
+
+
+def test_observing_names_layer_and_step_of_a_nan(scene):
+    weight = scene.unet.mid_block.resnets[0].conv1.weight
+    with torch.no_grad():
+        weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(NumericalError, match=r"mid_block.resnets.0.conv2.*t = 750"):
+        observe(scene.unet, scene.trajectories)
+
+
+def test_vectors_come_from_the_observed_maxima(scene):
+    spec = Tcr(percentile=0.1, truncate=3.0, strength=0.7)
+    vectors = equalize(scene.unet, scene.ranges, spec).tensors
+    low, high = scene.ranges.tensors[f"{LAYER}|low"], scene.ranges.tensors[f"{LAYER}|high"]
+    maxima = torch.maximum(low.abs(), high.abs())
+    expected = tcr_vector(maxima, percentile=0.1, truncate=3.0, strength=0.7)
+    assert torch.equal(vectors[LAYER], expected)
+    assert expected.max() > 1
+    assert not any("time_emb" in name for name in vectors)  # linear layers only if asked for
+    assert any("time_emb" in n for n in equalize(scene.unet, scene.ranges, Tcr(kinds=("conv", "linear"))).tensors)
+
+
+def test_min_max_scales_cover_exactly_the_observed_range(scene):
+    plain = RangeSearch(values=64, weight_candidates=1, input_candidates=1)
+    apply_weight_scales(scene.unet, scale_weights(scene.unet, scene.ranges, plain))
+    record = scale_inputs(scene.unet, scene.trajectories, plain, 0)
+    apply_input_scales(scene.unet, record)
+    for step, x in enumerate(inputs_of(scene, LAYER)):
+        group = len(scene.trajectories.timesteps) - 1 - step  # groups ascend in t, trajectories descend
+        low, high = min(0.0, float(x.min())), max(0.0, float(x.max()))
+        assert float(record.tensors[f"{LAYER}|input|scale"][group]) == pytest.approx((high - low) / 15, rel=1e-6)
+    layer = scene.unet.get_submodule(LAYER)
+    flat = layer.weight.detach().flatten(1)
+    spread = flat.amax(1).clamp(min=0) - flat.amin(1).clamp(max=0)
+    torch.testing.assert_close(layer.weight_quantizer.scale, spread / 15)
+    # every weight sits within half a step of its code
+    assert (
+        (layer.quantized_weight(torch.float32) - layer.weight).abs().flatten(1).amax(1) <= spread / 30 * 1.001
+    ).all()
+
+
+def test_range_search_of_weights_weighs_by_the_energy_of_the_input(scene):
+    record = scale_weights(scene.unet, scene.ranges, SEARCH)
+    layer = scene.unet.get_submodule(LAYER)
+    energy = scene.ranges.tensors[f"{LAYER}|square"].mean(0)
+    weights = energy.reshape(1, -1, 1, 1).expand_as(layer.weight).flatten(1)[:1]
+    scale, _ = search_range(
+        layer.weight.detach().flatten(1), 4, signed=False, symmetric=False, power=2.4, candidates=10, weights=weights
+    )
+    assert torch.equal(record.tensors[f"{LAYER}|scale"], scale)
+
+
+def test_groups_of_several_steps_cover_all_of_them(tiny_pipeline):
+    scene = build(tiny_pipeline(), grouping=2)
+    plain = RangeSearch(values=64, weight_candidates=1, input_candidates=1)
+    record = scale_inputs(scene.unet, scene.trajectories, plain, 0)
+    caught = inputs_of(scene, LAYER)
+    for group, steps in ((1, caught[:2]), (0, caught[2:])):
+        spread = max(0.0, *(float(x.max()) for x in steps)) - min(0.0, *(float(x.min()) for x in steps))
+        assert float(record.tensors[f"{LAYER}|input|scale"][group]) == pytest.approx(spread / 15, rel=1e-6)
+
+
+def test_nearest_group_fills_gaps():
+    assert nearest_group([1, 4], 6).tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_selection_follows_the_sign_of_r_and_states_true_errors(scene):
+    record = select(scene.unet, scene.trajectories, Daq(), SEARCH, 0)
+    assert set(record.meta["choices"]) == {n for n, _ in quantized_layers(scene.unet) if n.endswith(".mix")}
+    for name, rows in record.meta["choices"].items():
+        assert [row["group"] for row in rows] == list(range(scene.groups.count))
+        for row in rows:
+            assert row["use_log2"] == (row["ratio"] > 0)
+            assert bool(record.tensors[f"{name}|use_log2"][row["group"]]) == row["use_log2"]
+            assert 0 <= row["error_even"] < math.inf
+            assert 0 <= row["error_log2"] < math.inf
+    name = "mid_block.attentions.0.mix"
+    p = inputs_of(scene, name)[-1].flatten()  # 4 images, 1 head or more, 16 tokens: all of it fits the reservoir
+    assert float(record.tensors[f"{name}|peak"][0]) <= float(p.max()) + 1e-7
+
+
+def test_float_mode_survives_calibration(ready, tiny_pipeline):
+    original = tiny_pipeline().unet
+    x, t = ready.trajectories.samples[1], ready.trajectories.timesteps[1]
+    with floating(ready.unet), torch.no_grad():
+        assert torch.equal(ready.unet(x, t).sample, original(x, t).sample)

@@ -1,0 +1,119 @@
+"""Replayed passes against plain ones; a fit must lower its loss and come back bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tcaq.errors import RunError
+from tcaq.layers.modes import Mode, running
+from tcaq.records import Record
+from tcaq.spec.recipe import Reconstruction
+from tcaq.stages.cache import ActivationCache
+from tcaq.stages.reconstruct import Reconstructor, annealed, apply_unit, draw_inputs, unit_state
+from tcaq.stages.replay import Replay
+
+SPEC = Reconstruction(iterations=30, batch=4, inputs=12)
+
+
+def make(scene, memory=1.0, **changes):
+    spec = SPEC.model_copy(update=changes)
+    return Reconstructor(
+        scene.unet, scene.units, scene.trajectories, spec, iterations=spec.iterations, trust=0.0, memory=memory, seed=0
+    )
+
+
+@pytest.mark.parametrize("mode", [Mode.FLOAT, Mode.FAKE])
+@pytest.mark.parametrize("budget", [0, 2**30])
+def test_replayed_inputs_equal_those_of_a_whole_pass(ready, mode, budget, tmp_path):
+    samples, timesteps = draw_inputs(ready.trajectories, 8, 0)
+    batches = list(zip(samples.split(4), timesteps.split(4), strict=True))
+    with ActivationCache(budget, tmp_path) as cache:
+        replay = Replay(ready.unet, ready.units, batches, cache)
+        for unit in ready.units:
+            expected = []
+            handle = unit.module.register_forward_pre_hook(
+                lambda _, args, kwargs, seen=expected: seen.append((args, kwargs)), with_kwargs=True
+            )
+            with running(ready.unet, mode), torch.no_grad():
+                for batch in batches:
+                    ready.unet(*batch)
+            handle.remove()
+            call = replay.inputs(unit, mode)
+            for i, value in enumerate(call.args):
+                if isinstance(value, torch.Tensor):
+                    assert torch.equal(value, torch.cat([args[i] for args, _ in expected])), unit.name
+    assert not list(tmp_path.iterdir())  # what was spilled is gone
+
+
+def test_passed_units_are_not_run_again(ready):
+    samples, timesteps = draw_inputs(ready.trajectories, 4, 0)
+    runs = {unit.name: 0 for unit in ready.units}
+    with ActivationCache(2**30) as cache:
+        replay = Replay(ready.unet, ready.units, [(samples, timesteps)], cache)
+        for unit in ready.units[:-1]:
+            replay.inputs(unit, Mode.FAKE)
+        first = ready.units[0].module
+        handle = first.input_quantizer.register_forward_hook(lambda *_: runs.update({"first": 1}))
+        replay.inputs(ready.units[-1], Mode.FAKE)
+        handle.remove()
+    assert "first" not in runs
+
+
+def test_inputs_are_drawn_evenly_over_steps(ready):
+    steps, images = ready.trajectories.samples.shape[:2]
+    _, timesteps = draw_inputs(ready.trajectories, steps * 3, 0)
+    assert timesteps.unique(return_counts=True)[1].tolist() == [3] * steps
+    samples, _ = draw_inputs(ready.trajectories, 10**6, 0)
+    assert len(samples) == steps * images
+    assert len(samples.flatten(1).unique(dim=0)) == steps * images
+
+
+@pytest.mark.parametrize("schedule", ["joint", "two-phase"])
+def test_fitting_lowers_the_loss_of_a_block(ready, schedule):
+    with make(ready, iterations=60, schedule=schedule, drop=0.0) as reconstructor:
+        for unit in ready.units[:3]:
+            apply_unit(unit, reconstructor.fit(unit.name))
+        record = reconstructor.fit("down_blocks.0.resnets.0")
+    assert record.meta["loss_after"] < record.meta["loss_before"]
+
+
+def test_a_fit_is_reproducible_and_comes_back_bit_for_bit(ready, tmp_path):
+    unit = next(u for u in ready.units if u.name == "mid_block.attentions.0")
+    start = Record(unit_state(unit))
+    with make(ready) as reconstructor:
+        first = reconstructor.fit(unit.name)
+    after = unit_state(unit)
+    assert any(not torch.equal(after[k], start.tensors[k]) for k in after)
+    apply_unit(unit, start)
+    assert all(torch.equal(v, start.tensors[k]) for k, v in unit_state(unit).items())
+    with make(ready, memory=1e-9) as reconstructor:  # everything spilled: the same result
+        second = reconstructor.fit(unit.name)
+    assert all(torch.equal(second.tensors[k], v) for k, v in first.tensors.items())
+    first.save(tmp_path / "unit.safetensors")
+    apply_unit(unit, start)
+    apply_unit(unit, Record.load(tmp_path / "unit.safetensors"))
+    assert all(torch.equal(v, after[k]) for k, v in unit_state(unit).items())
+
+
+def test_no_gradient_reaches_the_original_weights(ready):
+    with make(ready) as reconstructor:
+        reconstructor.fit("mid_block.resnets.0")
+    assert all(p.grad is None for p in ready.unet.parameters())
+    assert all(p.requires_grad for p in ready.unet.parameters())
+
+
+def test_full_disk_is_a_clear_error(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tcaq.stages.cache.save_file", full)
+    with ActivationCache(0, tmp_path) as cache, pytest.raises(RunError, match=r"cannot spill 40 bytes.*memory budget"):
+        cache.put(("fake", "unit", 0), torch.zeros(10))
+
+
+def test_beta_waits_then_falls():
+    assert annealed(19, 100, 0.2) is None
+    assert annealed(20, 100, 0.2) == 20.0
+    assert annealed(60, 100, 0.2) == pytest.approx(11.0)
+    assert annealed(100, 100, 0.2) == 2.0
