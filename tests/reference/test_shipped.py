@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,11 @@ def test_pipeline_is_what_the_card_says() -> None:
     assert pipeline.scheduler.config.num_train_timesteps == 1000
     assert pipeline.scheduler.config.prediction_type == "epsilon"
     assert pipeline.unet.config.sample_size == 32
+
+
+def test_no_path_of_the_machine_that_built_it_is_left() -> None:
+    for path in (FOLDER / "model").rglob("*.json"):
+        assert not json.loads(path.read_text()).get("_name_or_path"), path
 
 
 def test_samples_are_deterministic_pictures() -> None:
