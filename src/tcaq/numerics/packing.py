@@ -77,8 +77,10 @@ def unpack(packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
             f"unpack of {count} codes {list(shape)} at {bits} bits takes uint8 [{length}], "
             f"got {dtype} {list(packed.shape)}."
         )
-    if bits == 8:
-        return packed.reshape(tuple(shape)).clone()
+    if 8 % bits == 0:  # whole codes in every byte: few operations, which keeps compiled graphs small
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        whole = packed.unsqueeze(1).bitwise_right_shift(shifts).bitwise_and(2**bits - 1)
+        return whole.view(-1)[:count].reshape(tuple(shape))
     stream = torch.nn.functional.pad(packed, (0, -length % bits)).view(-1, bits)
     codes = packed.new_empty(stream.shape[0], _GROUP)
     for i in range(_GROUP):

@@ -1,0 +1,153 @@
+"""Checkpoints: diffusers pipeline directories whose denoiser holds packed integer codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from tcaq.errors import CheckpointError, TcaqError
+from tcaq.models.config import QuantMethod, TcaqConfig
+from tcaq.models.denoiser import COMPONENTS
+from tcaq.models.integrity import REMEDY, Seal, check_names
+from tcaq.models.quantizer import TcaqQuantizer, drop_float_weights, register
+
+INDEX = "model_index.json"
+STAGING = ".saving-"
+
+
+def pack(denoiser: nn.Module, config: TcaqConfig) -> None:
+    """Make a denoiser that was quantized in memory what `from_pretrained` would give: only packed codes stay.
+
+    Its outputs do not change; float mode is gone afterwards.
+    """
+    drop_float_weights(denoiser)
+    model = cast(Any, denoiser)
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    model.hf_quantizer = TcaqQuantizer(config)
+    model.register_to_config(quantization_config=config)
+
+
+def save(pipe: DiffusionPipeline, folder: Path, max_shard_size: int | str = "10GB") -> None:
+    """Write a pipeline whose denoiser was packed; an interrupted save never looks whole.
+
+    Everything is written and synced in a hidden folder inside `folder` and moved from there, the file that makes a pipeline of
+    it last. Other files in `folder` stay; an older checkpoint there is replaced.
+
+    Raises: CheckpointError if the folder cannot be written (disk full, no permission).
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left_over in folder.glob(f"{STAGING}*"):
+            shutil.rmtree(left_over)
+        with TemporaryDirectory(prefix=STAGING, dir=folder) as staging:
+            pipe.save_pretrained(staging, safe_serialization=True, max_shard_size=max_shard_size)
+            _publish(Path(staging), folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot write the checkpoint to {folder}: {error}. Make room there, or choose another folder"
+        ) from error
+
+
+def _publish(staging: Path, folder: Path) -> None:
+    for path in staging.rglob("*"):
+        _sync(path)
+    (folder / INDEX).unlink(missing_ok=True)
+    _sync(folder)
+    for part in sorted(staging.iterdir(), key=lambda path: path.name == INDEX):
+        target = folder / part.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        if part.name == INDEX:
+            _sync(folder)
+        os.replace(part, target)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold a file or folder before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load(folder: Path, dtype: torch.dtype | None = None) -> DiffusionPipeline:
+    """Load a pipeline that `save` or `save_pretrained` wrote, after `verify`.
+
+    Args: dtype: of everything that is not quantized; by default as it was saved.
+    Raises: CheckpointError saying which file is damaged and what to do.
+    """
+    register()
+    verify(folder)
+    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    try:
+        return cast(DiffusionPipeline, DiffusionPipeline.from_pretrained(folder, local_files_only=True, **options))
+    except TcaqError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {error}. {REMEDY}") from error
+
+
+def describe(folder: Path) -> tuple[str, TcaqConfig]:
+    """Name and quantization config (plan, step groups, recipe) of a checkpoint's denoiser, without its tensors.
+
+    Raises: CheckpointError if the folder holds no complete checkpoint.
+    """
+    if not (folder / INDEX).is_file():
+        raise CheckpointError(
+            f"{folder} holds no complete checkpoint: {INDEX} is missing. Run the quantization again to finish it"
+        )
+    index = _read(folder / INDEX)
+    for name in COMPONENTS:
+        if name in index:
+            config = _read(folder / name / "config.json").get("quantization_config")
+            if isinstance(config, dict) and config.get("quant_method") == QuantMethod.TCAQ.value:
+                return name, cast(TcaqConfig, TcaqConfig.from_dict(config))
+    raise CheckpointError(f"{folder} is a diffusers pipeline, but its denoiser was not quantized by tcaq")
+
+
+def verify(folder: Path) -> None:
+    """Check that a checkpoint's denoiser is complete and holds the bytes that were saved; builds no model.
+
+    Raises: CheckpointError naming the file or tensor that is missing or damaged.
+    """
+    name, config = describe(folder)
+    files = _weight_files(folder / name)
+    seal = Seal.read(files)
+    seal.check_config(config.checksum)
+    found: list[str] = []
+    for file in files:
+        tensors = load_file(file)
+        seal.check_tensors(tensors)
+        found += tensors
+    check_names(found, seal.tensors)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        return [folder / SAFETENSORS_WEIGHTS_NAME]
+    return [folder / shard for shard in sorted(set(_read(index).get("weight_map", {}).values()))]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is missing or damaged ({error}). {REMEDY}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged: it holds no JSON object. {REMEDY}")
+    return content
