@@ -55,7 +55,8 @@ def test_statistics_are_moments_of_their_own_features() -> None:
     assert torch.linalg.eigvalsh(statistics.covariance).min() > -1e-9
     kept = Moments.of(statistics.real_features)
     distance = frechet_distance(kept.mean, kept.covariance, statistics.mean, statistics.covariance)
-    assert distance < statistics.floor  # drawn from the training images, they lie nearer than the test images do
+    # what is left is the bias of 5000 samples, small beside the spread of the data
+    assert distance < 1e-3 * statistics.covariance.trace()
 
 
 def test_evaluation_finds_the_features_and_their_statistics() -> None:
