@@ -1,0 +1,183 @@
+"""What the files of one run tell: every stage's record as plain values. A part the run does not have is empty."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tcaq.records import JSON, Record
+from tcaq.runs import Run
+from tcaq.spec.plan import LayerGrids, ResolvedPlan
+from tcaq.stages.observe import channel_maxima
+
+RUN_FOLDER = "run"
+
+
+@dataclass(frozen=True)
+class EqualizedLayer:
+    """One layer's input ranges and its TCR vector.
+
+    timesteps: [steps], in sampling order; maxima: max |x|, float32 [steps, channels]; vector: r, float32 [channels].
+    """
+
+    name: str
+    timesteps: Tensor
+    maxima: Tensor
+    vector: Tensor
+
+    @property
+    def equalized(self) -> Tensor:
+        """max |x / r|, float32 [steps, channels]."""
+        return self.maxima / self.vector
+
+    @property
+    def contrast(self) -> float:
+        """How unequal the entries of r are: standard deviation of log2 r."""
+        return float(self.vector.double().log2().std(correction=0))
+
+
+def imbalance(maxima: Tensor) -> float:
+    """Largest channel over the mean channel, mean over steps; 1 if all channels reach equally far."""
+    means = maxima.double().mean(dim=1).clamp(min=1e-30)
+    return float((maxima.double().amax(dim=1) / means).mean())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """DAQ in one layer and step group. Errors are relative mean squares; alpha and ratio are those of the fit."""
+
+    group: int
+    use_log2: bool
+    ratio: float
+    error_even: float
+    error_log2: float
+
+
+@dataclass(frozen=True)
+class UnitLoss:
+    """Error of a unit's output relative to its mean square, before and after it was fitted in one round."""
+
+    unit: str
+    round: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """Distance between the calibration images of the float and of the quantized model after one round."""
+
+    round: int
+    fd: float
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Wall seconds that a stage took over all its records, and the peak memory of the process by then, bytes."""
+
+    stage: str
+    seconds: float
+    peak_memory: float
+
+
+@dataclass(frozen=True)
+class Story:
+    """All that the page shows of one run."""
+
+    recipe: Mapping[str, JSON]
+    plan: tuple[LayerGrids, ...]
+    identity: Mapping[str, JSON]
+    equalized: Sequence[EqualizedLayer]
+    choices: Mapping[str, Sequence[Choice]]
+    losses: Sequence[UnitLoss]
+    scores: Sequence[Score]
+    costs: Sequence[StageCost]
+
+    @property
+    def bits(self) -> str:
+        """As in W4A8."""
+        return f"W{self.recipe['weights']}A{self.recipe['activations']}"
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall seconds of the whole quantization, None if nothing was timed."""
+        return sum(cost.seconds for cost in self.costs) if self.costs else None
+
+
+def read_story(folder: Path) -> Story:
+    """Read the run inside a checkpoint folder.
+
+    Raises: RunError if there is none or a record is damaged; UsageError if its plan cannot be understood.
+    """
+    run = Run.read(folder / RUN_FOLDER)
+    finished = run.finished()
+    plan = ResolvedPlan.parse(run.identity["plan"], where=f"the plan of {run.folder}").layers
+    return Story(
+        recipe=run.identity["recipe"],
+        plan=plan,
+        identity=run.identity,
+        equalized=_equalized(run, finished),
+        choices=_choices(run, finished, plan),
+        losses=[
+            UnitLoss(str(r.meta["unit"]), n, float(r.meta["loss_before"]), float(r.meta["loss_after"]))
+            for n, name in _rounds(finished, "reconstruct")
+            for _, r in run.results(name)
+        ],
+        scores=[Score(n, float(_only(run, name).meta["fd"])) for n, name in _rounds(finished, "score")],
+        costs=_costs(run, finished),
+    )
+
+
+def weight_bytes(folder: Path) -> int | None:
+    """Bytes of the quantized denoiser's weight files in a checkpoint, None if there are none."""
+    configs = (path for path in folder.glob("*/config.json") if '"quantization_config"' in path.read_text("utf-8"))
+    sizes = [file.stat().st_size for config in configs for file in config.parent.glob("*.safetensors")]
+    return sum(sizes) if sizes else None
+
+
+def _equalized(run: Run, finished: Sequence[str]) -> list[EqualizedLayer]:
+    if not {"observe", "equalize"} <= set(finished):
+        return []
+    ranges, vectors = _only(run, "observe"), _only(run, "equalize").tensors
+    steps = ranges.tensors["timesteps"]
+    return [EqualizedLayer(name, steps, channel_maxima(ranges, name), r) for name, r in vectors.items()]
+
+
+def _choices(run: Run, finished: Sequence[str], plan: Sequence[LayerGrids]) -> dict[str, list[Choice]]:
+    """Of the layers whose plan leaves the choice to the data."""
+    if "select" not in finished:
+        return {}
+    free = [layer.name for layer in plan if any(grid.code == "adaptive" for grid in layer.inputs)]
+    rows = _only(run, "select").meta["choices"]
+    fields = ("group", "use_log2", "ratio", "error_even", "error_log2")
+    return {name: [Choice(**{field: row[field] for field in fields}) for row in rows[name]] for name in free}
+
+
+def _costs(run: Run, finished: Sequence[str]) -> list[StageCost]:
+    """In the order in which the stages were done, which is that of the file of timings."""
+    parts: dict[str, list[dict[str, float]]] = {}
+    for file, entry in run.timings().items():
+        parts.setdefault(file if file in finished else file.rpartition("/")[0], []).append(entry)
+    return [
+        StageCost(stage, sum(e["seconds"] for e in entries), max(e["peak_memory"] for e in entries))
+        for stage, entries in parts.items()
+    ]
+
+
+def _rounds(finished: Sequence[str], stage: str) -> list[tuple[int, str]]:
+    numbers = (name.removeprefix(f"{stage}/") for name in finished if name.startswith(f"{stage}/"))
+    return sorted((int(number), f"{stage}/{number}") for number in numbers)
+
+
+def _only(run: Run, name: str) -> Record:
+    return next(record for _, record in run.results(name))
+
+
+def spread(values: Tensor) -> tuple[float, float, float]:
+    """Smallest, median and largest."""
+    low, middle, high = torch.quantile(values.double(), torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)).tolist()
+    return low, middle, high
