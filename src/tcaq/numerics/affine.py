@@ -77,20 +77,19 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
         units = x / scale
         codes = torch.round(units)
-        below, above = low - zero_point, high - zero_point
-        clipped = torch.clamp(codes, below, above)
-        ctx.save_for_backward(units, codes, clipped, scale)
-        return clipped * scale
+        clipped = torch.clamp(codes, low - zero_point, high - zero_point)
+        inside = codes == clipped
+        # the slope reuses the memory of `units`: see the remark in `fake_quantize`
+        slope = units.masked_fill_(~inside, 0.0).neg_().add_(clipped) if ctx.needs_input_grad[1] else None
+        ctx.shape = scale.shape
+        ctx.save_for_backward(inside, slope)
+        return clipped.mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        units, codes, clipped, scale = ctx.saved_tensors
-        inside = codes == clipped
+        inside, slope = ctx.saved_tensors
         to_x = grad * inside if ctx.needs_input_grad[0] else None
-        to_scale = None
-        if ctx.needs_input_grad[1]:
-            slope = clipped - torch.where(inside, units, 0.0)
-            to_scale = (grad * slope).sum_to_size(scale.shape)
+        to_scale = None if slope is None else (grad * slope).sum_to_size(ctx.shape)
         return to_x, to_scale, None, None, None
 
 
@@ -102,5 +101,5 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: 
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
         result: Tensor = _FakeQuantize.apply(x, scale, zero_point, low, high)  # type: ignore[no-untyped-call]
         return result
-    codes = torch.round(x / scale)
-    return torch.clamp(codes, low - zero_point, high - zero_point) * scale
+    # in place: on a CPU this is bound by memory, and each further tensor costs as much as the arithmetic
+    return (x / scale).round_().clamp_(low - zero_point, high - zero_point).mul_(scale)

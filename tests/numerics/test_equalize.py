@@ -1,0 +1,77 @@
+"""The TCR vector against a loop over its formula, and the equality of the function it leaves behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import conv2d, linear
+
+from tcaq.numerics.equalize import tcr_vector
+
+
+def looped(maxima: list[list[float]], truncate: float) -> list[float]:
+    """r with the paper's per-step minimum as target, in Python floats."""
+    joint = []
+    for c in range(len(maxima[0])):
+        above = sum(m[c] * max(m[c] / min(m), 1.0) for m in maxima)
+        joint.append(min(max(above / sum(m[c] for m in maxima), 1.0), truncate))
+    return joint
+
+
+@pytest.mark.parametrize("truncate", [2.0, 10.0, 1e9])
+@pytest.mark.parametrize("steps", [1, 7])
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_percentile_zero_is_the_papers_formula(steps: int, truncate: float, strength: float) -> None:
+    torch.manual_seed(0)
+    maxima = torch.rand(steps, 9).double().pow(3) + 0.01
+    expected = torch.tensor(looped(maxima.tolist(), truncate), dtype=torch.float64).pow(strength)
+    actual = tcr_vector(maxima, percentile=0.0, truncate=truncate, strength=strength)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_a_single_step_divides_by_its_smallest_channel() -> None:
+    r = tcr_vector(torch.tensor([[2.0, 1.0, 8.0]]), percentile=0.0, truncate=100.0)
+    assert r.tolist() == [2.0, 1.0, 8.0]
+    assert tcr_vector(torch.tensor([[2.0, 1.0, 8.0]]), percentile=0.5, truncate=100.0).tolist() == [1.0, 1.0, 4.0]
+
+
+def test_steps_with_large_ranges_count_more() -> None:
+    maxima = torch.tensor([[1.0, 10.0], [1.0, 1.0]])  # channel 1: ratios 10 and 1, weights 10 and 1
+    assert tcr_vector(maxima, percentile=0.0, truncate=100.0)[1].item() == pytest.approx((10 * 10 + 1) / 11)
+
+
+def test_dead_channels_keep_one_and_explode_nothing_at_a_percentile() -> None:
+    torch.manual_seed(0)
+    maxima = 1.0 + torch.rand(5, 20)
+    maxima[:, 3] = 0.0
+    r = tcr_vector(maxima, percentile=0.1, truncate=1e9)
+    assert r[3] == 1.0
+    assert (r < 3).all()
+    cut = tcr_vector(maxima, percentile=0.0, truncate=10.0)  # the minimum is the dead channel: truncation must hold
+    assert cut[3] == 1.0
+    assert torch.equal(cut[torch.arange(20) != 3], torch.full((19,), 10.0))
+
+
+@pytest.mark.parametrize("maxima", [torch.zeros(4, 6), torch.ones(4, 6), torch.full((4, 6), 1e-20)])
+def test_nothing_to_equalize_gives_ones(maxima: torch.Tensor) -> None:
+    assert torch.equal(tcr_vector(maxima, percentile=0.05, truncate=10.0), torch.ones(6))
+
+
+def test_strength_zero_gives_ones() -> None:
+    torch.manual_seed(0)
+    assert torch.equal(tcr_vector(torch.rand(4, 6), percentile=0.0, truncate=10.0, strength=0.0), torch.ones(6))
+
+
+def test_moving_range_to_the_weight_keeps_the_function() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 6, 5, 5, dtype=torch.float64) * torch.tensor([0.01, 1, 30, 2, 0.3, 100.0]).reshape(1, 6, 1, 1)
+    r = tcr_vector(x.abs().amax((2, 3)), percentile=0.0, truncate=1e9).double()
+    assert r.max() > 100
+    weight, bias = torch.randn(4, 6, 3, 3, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    moved = conv2d(x / r.reshape(1, -1, 1, 1), weight * r.reshape(1, -1, 1, 1), bias, padding=1)
+    torch.testing.assert_close(moved, conv2d(x, weight, bias, padding=1), rtol=1e-12, atol=1e-12)
+    tokens, matrix = x.flatten(2).transpose(1, 2), weight[:, :, 0, 0]
+    torch.testing.assert_close(
+        linear(tokens / r, matrix * r, bias), linear(tokens, matrix, bias), rtol=1e-12, atol=1e-12
+    )
