@@ -50,8 +50,10 @@ def test_units_cover_every_quantized_layer_once(inserted):
 def test_default_plan_protects_edges_and_time(tiny_pipeline):
     unet = tiny_pipeline().unet
     table = {layer.name: layer for layer in resolve(unet, default_plan(unet, 4, 6)).layers}
-    for name in ("conv_in", "conv_out", "time_embedding.linear_1", "mid_block.resnets.0.time_emb_proj"):
+    for name in ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"):
         assert (table[name].weight.bits, table[name].inputs[0].bits) == (8, 8)
+    projection = table["mid_block.resnets.0.time_emb_proj"]
+    assert (projection.weight.bits, projection.inputs[0].bits) == (4, 8)
     inner = table["mid_block.resnets.0.conv1"]
     assert (inner.weight.bits, inner.inputs[0].bits) == (4, 6)
     mix = table["mid_block.attentions.0.mix"]

@@ -34,12 +34,12 @@ def evaluate_command(
     as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result here.")] = None,
 ) -> None:
     """Sample both models from the same seeds and measure how far their images are from the data and from each other."""
+    quantized = open_quantized(folder)
     extractor = load_features(features)
     protocol = Protocol(
         extractor=extractor, work=work or folder / "evaluation", num=num, steps=steps, seed=seed, batch=batch,
         real=None if real is None else load_real(real, extractor),
     )  # fmt: skip
-    quantized = open_quantized(folder)
     with stage_progress() as on_progress:
         result, _, _ = evaluate(open_float(reference), quantized, protocol, on_progress)
     if as_json is not None:

@@ -21,7 +21,7 @@ def load_pipeline(model: str, dtype: torch.dtype | None = None) -> DiffusionPipe
     folder = Path(model)
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise ModelError(f"{model!r} exists but is no diffusers pipeline directory: it has no model_index.json")
-    options: dict[str, Any] = {} if dtype is None else {"torch_dtype": dtype}
+    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     try:
         return cast(DiffusionPipeline, DiffusionPipeline.from_pretrained(model, **options))
     except (OSError, ValueError, KeyError, RuntimeError) as error:

@@ -18,19 +18,21 @@ class Architecture:
     """One denoiser class.
 
     Attributes: units: class names of the blocks that reconstruction fits at once; edges: name patterns of the first and last
-        layers; time: name patterns of the time embedding's layers.
+        layers; time: of the time embedding's layers; projections: of the layers that bring the embedding into each block.
     """
 
     units: tuple[str, ...] = ()
     edges: tuple[str, ...] = ()
     time: tuple[str, ...] = ()
+    projections: tuple[str, ...] = ()
 
 
 ARCHITECTURES = {
     "UNet2DModel": Architecture(
         units=("ResnetBlock2D", "Attention"),
         edges=("conv_in", "conv_out"),
-        time=("time_embedding.*", "*.time_emb_proj"),
+        time=("time_embedding.*",),
+        projections=("*.time_emb_proj",),
     ),
 }
 UNKNOWN = Architecture()
@@ -75,12 +77,15 @@ def execution_order(denoiser: nn.Module, run: Callable[[], object]) -> list[Unit
 def default_plan(denoiser: nn.Module, weights: int, activations: int, *, adaptive: bool = True) -> Plan:
     """Every layer quantized: the first and last layers and the time embedding at 8 bits, everything else as asked.
 
+    The blocks' projections of the embedding read it at 8 bits, but their weights, up to a tenth of a U-Net's, have the bits asked for.
+
     Args: weights, activations: bits; adaptive: DAQ chooses the grid of attention probabilities, else it is even.
     """
     row = architecture(denoiser)
     eight = AffineGrid(bits=8)
     probabilities: ProbabilityGrid = AdaptiveGrid(bits=activations) if adaptive else UnitGrid(bits=activations)
     special = [Rule(match=pattern, weight=eight, input=eight) for pattern in (*row.edges, *row.time)]
+    special += [Rule(match=pattern, weight=AffineGrid(bits=weights), input=eight) for pattern in row.projections]
     operand = AffineGrid(bits=activations)
     return Plan(
         rules=(

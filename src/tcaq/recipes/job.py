@@ -117,8 +117,9 @@ class Job:
         if spec is None:
             raise UsageError(f"the recipe {self.recipe.program!r} has no reconstruction to run")
         by_name = {unit.name: unit for unit in self.units}
+        trust = self.recipe.alignment.trust if round_ and self.recipe.alignment else 0.0
         with Reconstructor(
-            self.denoiser, self.units, trajectories, spec, iterations=iterations, trust=0.5 if round_ else 0.0,
+            self.denoiser, self.units, trajectories, spec, iterations=iterations, trust=trust,
             memory=self.recipe.memory, seed=self.recipe.seed + round_,
         ) as reconstructor:  # fmt: skip
             self.run.series(

@@ -28,8 +28,8 @@ def align(job: Job, spec: Reconstruction, data: Collected) -> None:
     for round_ in range(rounds + 1):
         iterations = job.recipe.alignment.iterations if round_ and job.recipe.alignment else spec.iterations
         job.reconstruct(round_, data.trajectories, iterations)
-        if rounds == 0:
-            return
+        if round_ == rounds and (rounds == 0 or job.judge is None):
+            return  # nothing is left to align to, nor to compare
         data = job.collect(round_ + 1)
         score = job.score(round_, float_images, data.images)
         if score is not None and score >= best:

@@ -49,7 +49,11 @@ class Daq(Spec):
 
 
 class Reconstruction(Spec):
-    """Block reconstruction: AdaRound and learned step sizes, unit by unit in execution order."""
+    """Block reconstruction: AdaRound and learned step sizes, unit by unit in execution order.
+
+    `penalty` weighs the mean rounding penalty of a unit's weights against its loss, relative to the loss it starts from: the same
+    number means the same pull for every unit, whatever the size of its output.
+    """
 
     iterations: Positive = 1000
     batch: Positive = 32
@@ -58,16 +62,20 @@ class Reconstruction(Spec):
     rounding_rate: Annotated[float, Field(gt=0)] = 1e-2
     scale_rate: Annotated[float, Field(gt=0)] = 1e-3
     power: Annotated[float, Field(gt=0)] = 2.0
-    penalty: Annotated[float, Field(ge=0)] = 0.01
+    penalty: Annotated[float, Field(ge=0)] = 1.0
     warmup: Fraction = 0.2
     drop: Fraction = 0.5
 
 
 class Alignment(Spec):
-    """Progressively aligned reconstruction: further rounds on trajectories of the quantized model."""
+    """Progressively aligned reconstruction: further rounds on trajectories of the quantized model.
+
+    `trust` says how firmly the roundings of the round before are held: 0 starts again at the float weight, 1 at the roundings.
+    """
 
     rounds: Annotated[int, Field(ge=0)] = 1
     iterations: Positive = 300
+    trust: Fraction = 0.8
 
 
 class Recipe(Spec):

@@ -106,6 +106,17 @@ def distance(output: Tensor, target: Tensor, power: float) -> Tensor:
 
 
 @torch.no_grad()
+def mean_distance(unit: Unit, teaching: Teaching, clock: StepClock, spec: Reconstruction) -> float:
+    """What the unit's loss is before learning, over all inputs; never zero, so that it can be divided by."""
+    total = 0.0
+    for rows in torch.arange(len(teaching.timesteps)).split(spec.batch):
+        clock.set(teaching.timesteps[rows])
+        output = rows_of(teaching.inputs, rows)(unit.module)
+        total += float(distance(output, teaching.targets[rows], spec.power)) * len(rows)
+    return max(total / len(teaching.timesteps), 1e-20)
+
+
+@torch.no_grad()
 def unit_loss(unit: Unit, teaching: Teaching, clock: StepClock, spec: Reconstruction) -> float:
     """Error of the quantized unit on quantized inputs, relative to the mean square of its float output."""
     total = 0.0
@@ -132,6 +143,11 @@ def learn(
     """Learn roundings, step sizes, or both together, then fold them into codes and scales."""
     spec, iterations = run.spec, run.iterations
     layers = [layer for _, layer in quantized_layers(unit.module)]
+    weights = [layer.weight_quantizer for layer in layers if isinstance(layer, QuantizedWeight)] if rounding else []
+    count = sum(weight.shape.numel() for weight in weights)
+    initial = mean_distance(unit, teaching, clock, spec)
+    # without this a warm-up would let the loss alone pull held roundings back to the float weight
+    warmup = 0.0 if run.trust else spec.warmup
     groups = begin(layers, spec, run.trust, rounding=rounding, scales=scales)
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
@@ -146,10 +162,10 @@ def learn(
             rows_of(teaching.float_inputs, rows), lambda q, f: mixed(q, f, spec.drop, generator)
         )
         loss = distance(inputs(unit.module), teaching.targets[rows], spec.power)
-        beta = annealed(iteration, iterations, spec.warmup)
-        if rounding and beta is not None:
-            penalties = [layer.weight_quantizer.penalty(beta) for layer in layers if isinstance(layer, QuantizedWeight)]
-            loss = loss + spec.penalty * torch.stack(penalties).sum() if penalties else loss
+        beta = annealed(iteration, iterations, warmup)
+        if weights and beta is not None:
+            penalties = [weight.penalty(beta) for weight in weights]
+            loss = loss / initial + spec.penalty * torch.stack(penalties).sum() / count
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
