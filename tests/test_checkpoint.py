@@ -189,3 +189,12 @@ def test_size_of_ten_million_parameters(
     checkpoint.pack(unet, TcaqConfig(plan=plan, groups=groups))
     unet.save_pretrained(tmp_path)
     assert (tmp_path / WEIGHTS.name).stat().st_size <= share * float_bytes
+
+
+def test_equal_models_are_saved_as_equal_bytes(tiny_pipeline, quantized_tiny, tmp_path):
+    pipe = quantized_tiny(tiny_pipeline())
+    written = set()
+    for attempt in range(6):  # safetensors alone would order the metadata differently in most of these
+        checkpoint.save(pipe, tmp_path / str(attempt))
+        written.add((tmp_path / str(attempt) / "unet" / "diffusion_pytorch_model.safetensors").read_bytes())
+    assert len(written) == 1

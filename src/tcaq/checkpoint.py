@@ -60,7 +60,24 @@ def save(pipe: DiffusionPipeline, folder: Path, max_shard_size: int | str = "10G
         ) from error
 
 
+def _order_metadata(path: Path) -> None:
+    """Sort the metadata keys in a safetensors header: it writes them in random order, and equal models want equal bytes."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(ordered) > size:
+            raise CheckpointError(
+                f"{path} has a header that cannot be put in order; report this with the model's config"
+            )
+        file.seek(8)
+        file.write(ordered.ljust(size))
+
+
 def _publish(staging: Path, folder: Path) -> None:
+    for path in staging.rglob("*.safetensors"):
+        _order_metadata(path)
     for path in staging.rglob("*"):
         _sync(path)
     (folder / INDEX).unlink(missing_ok=True)

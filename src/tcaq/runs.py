@@ -17,7 +17,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -85,7 +85,7 @@ class Run:
             if (folder / "run.json").exists():
                 _check_same(folder, _read_identity(folder), wanted)
             else:
-                created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+                created = datetime.now(UTC).isoformat(timespec="seconds")
                 write_json(folder / "run.json", {"format": FORMAT, "created": created, "identity": wanted})
         except BaseException:
             lock.release()

@@ -173,11 +173,10 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path):
     whole = time.monotonic() - began
     draw = torch.Generator().manual_seed(0)
     for _ in range(3):
-        process = subprocess.Popen([*command, str(folders[1])], stdout=subprocess.PIPE, text=True)
-        process.stdout.readline()  # imports are over, work has begun
-        time.sleep(float(torch.rand(1, generator=draw)) * whole * 0.3)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        with subprocess.Popen([*command, str(folders[1])], stdout=subprocess.PIPE, text=True) as process:
+            process.stdout.readline()  # imports are over, work has begun
+            time.sleep(float(torch.rand(1, generator=draw)) * whole * 0.3)
+            process.send_signal(signal.SIGKILL)
     subprocess.run([*command, str(folders[1])], check=True, stdout=subprocess.DEVNULL)
     assert files(folders[0]) == files(folders[1])
 

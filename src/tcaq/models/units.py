@@ -77,7 +77,7 @@ def execution_order(denoiser: nn.Module, run: Callable[[], object]) -> list[Unit
 def default_plan(denoiser: nn.Module, weights: int, activations: int, *, adaptive: bool = True) -> Plan:
     """Every layer quantized: the first and last layers and the time embedding at 8 bits, everything else as asked.
 
-    The blocks' projections of the embedding read it at 8 bits, but their weights, up to a tenth of a U-Net's, have the bits asked for.
+    The blocks' projections of the embedding read it at 8 bits; their weights, up to a tenth of a U-Net's, have the bits asked for.
 
     Args: weights, activations: bits; adaptive: DAQ chooses the grid of attention probabilities, else it is even.
     """
