@@ -126,6 +126,12 @@ def test_selection_follows_the_sign_of_r_and_states_true_errors(scene):
     assert float(record.tensors[f"{name}|peak"][0]) <= float(p.max()) + 1e-7
 
 
+def test_selection_by_error_takes_the_smaller_one(scene):
+    record = select(scene.unet, scene.trajectories, Daq(criterion="error"), SEARCH, 0)
+    rows = [row for of_layer in record.meta["choices"].values() for row in of_layer]
+    assert all(row["use_log2"] == (row["error_log2"] < row["error_even"]) for row in rows)
+
+
 def test_float_mode_survives_calibration(ready, tiny_pipeline):
     original = tiny_pipeline().unet
     x, t = ready.trajectories.samples[1], ready.trajectories.timesteps[1]

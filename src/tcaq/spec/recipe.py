@@ -42,8 +42,12 @@ class Tcr(Spec):
 
 
 class Daq(Spec):
-    """Dynamically adaptive quantizer for attention probabilities."""
+    """Dynamically adaptive quantizer for attention probabilities.
 
+    `criterion` "likelihood" is the paper's: log2 where R > 0; "error" (ours) takes the grid whose measured error is smaller.
+    """
+
+    criterion: Literal["likelihood", "error"] = "likelihood"
     alternative: Alternative = "exponential"
     p_min: Annotated[float, Field(gt=0, lt=1)] = 1e-4
 

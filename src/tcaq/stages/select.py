@@ -72,11 +72,12 @@ def choose(p: Tensor, grid: ProbabilityGrid, spec: Daq, search: RangeSearch) -> 
     peak = p.max()
     log2 = fake_quantize_log2(p, peak, grid.bits)
     energy = p.square().mean().clamp(min=1e-30)
-    use_log2 = fit.ratio > 0 if isinstance(grid, AdaptiveGrid) else grid.code == "log2"
+    error_even, error_log2 = (float((p - hat).square().mean() / energy) for hat in (even, log2))
+    prefers_log2 = fit.ratio > 0 if spec.criterion == "likelihood" else error_log2 < error_even
+    use_log2 = prefers_log2 if isinstance(grid, AdaptiveGrid) else grid.code == "log2"
     return {
         "scale": float(scale), "peak": float(peak), "use_log2": bool(use_log2), "alpha": min(fit.alpha, 1e9),
-        "ratio": fit.ratio, "count": fit.count, "error_even": float((p - even).square().mean() / energy),
-        "error_log2": float((p - log2).square().mean() / energy),
+        "ratio": fit.ratio, "count": fit.count, "error_even": error_even, "error_log2": error_log2,
     }  # fmt: skip
 
 
