@@ -19,7 +19,7 @@ from tcaq.evaluate.protocol import Protocol, evaluate
 from tcaq.recipes.presets import preset_recipe
 from tcaq.recipes.quantize import quantize
 from tcaq.records import replacing, write_json
-from tcaq.report.grid import grid_image
+from tcaq.report.grid import side_by_side
 from tcaq.report.page import Entry, write_report
 from tcaq.runs import OnProgress
 
@@ -46,13 +46,13 @@ def demo_command(
             results[title] = result
             write_json(output / f"{program}.json", result.model_dump(mode="json"))
             entries.append(Entry(title, output / program, result.model_dump(mode="json"), quantized.images[:SHOWN]))
-            for name, images in (("float", float_.images), (program, quantized.images)):
-                with replacing(output / f"samples-{name}.png") as path:
-                    grid_image(images[:SHOWN], columns=8).save(path, format="PNG")
+    rows = [("float", float_.images), *((entry.name, entry.images) for entry in entries)]
+    with replacing(output / "samples.png") as path:
+        side_by_side(rows, columns=SHOWN // 2).save(path, format="PNG")
     details = {"model": "bundled reference", "sampler": f"DDIM, {steps} steps", "preset": "quick"}
-    write_report(
-        output / "report.html", "TCAQ-DM at 4 bits: the bundled model", entries, float_.images[:SHOWN], details
-    )
+    size = sum(p.numel() * p.element_size() for p in open_float(REFERENCE).unet.parameters())
+    title = "TCAQ-DM at 4 bits: the bundled model"
+    write_report(output / "report.html", title, entries, float_.images[:SHOWN], details, float_bytes=size)
     console.print(scores_table(results))
     console.print(f"open {output / 'report.html'} in a browser")
 

@@ -1,0 +1,34 @@
+"""The demo on the bundled model, with a preset that is cut down to seconds."""
+
+from __future__ import annotations
+
+import json
+
+from PIL import Image
+from typer.testing import CliRunner
+
+from tcaq.cli import app
+from tcaq.recipes.presets import PRESETS
+
+TINY = {
+    "calibration": {"images": 2, "steps": 2},
+    "ranges": {"input_candidates": 4, "weight_candidates": 4, "values": 500},
+    "reconstruction": {"iterations": 2, "inputs": 4, "batch": 4},
+    "alignment": None,
+}
+
+
+def test_demo_writes_models_figures_and_page(tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "quick", TINY)
+    result = CliRunner().invoke(app, ["demo", "--output", str(tmp_path), "--num", "32", "--steps", "2"])
+    assert result.exit_code == 0, result.output
+    scores = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("tcaq", "minmax")}
+    assert scores["tcaq"]["float"] == scores["minmax"]["float"]  # the float model is sampled once
+    assert scores["tcaq"]["paired"]["psnr"] > scores["minmax"]["paired"]["psnr"]
+    page = (tmp_path / "report.html").read_text()
+    for name in ("TCAQ-DM W4A4", "min-max W4A4"):
+        assert name in page
+    assert f"{scores['tcaq']['quantized']['fd']:.2f}"[:4] in page
+    with Image.open(tmp_path / "samples.png") as picture:
+        assert picture.width > picture.height > 3 * 32
+    assert (tmp_path / "tcaq" / "model_index.json").is_file()
