@@ -112,7 +112,7 @@ def test_nearest_group_fills_gaps():
 
 
 def test_selection_follows_the_sign_of_r_and_states_true_errors(scene):
-    record = select(scene.unet, scene.trajectories, Daq(), SEARCH, 0)
+    record = select(scene.unet, scene.trajectories, Daq(criterion="likelihood"), SEARCH, 0)
     assert set(record.meta["choices"]) == {n for n, _ in quantized_layers(scene.unet) if n.endswith(".mix")}
     for name, rows in record.meta["choices"].items():
         assert [row["group"] for row in rows] == list(range(scene.groups.count))

@@ -44,10 +44,11 @@ class Tcr(Spec):
 class Daq(Spec):
     """Dynamically adaptive quantizer for attention probabilities.
 
-    `criterion` "likelihood" is the paper's: log2 where R > 0; "error" (ours) takes the grid whose measured error is smaller.
+    `criterion` "likelihood" is the paper's: log2 where R > 0; "error" (ours) takes the grid whose measured error is smaller. R is
+    recorded either way.
     """
 
-    criterion: Literal["likelihood", "error"] = "likelihood"
+    criterion: Literal["likelihood", "error"] = "error"
     alternative: Alternative = "exponential"
     p_min: Annotated[float, Field(gt=0, lt=1)] = 1e-4
 
@@ -63,8 +64,8 @@ class Reconstruction(Spec):
     batch: Positive = 32
     inputs: Positive = 1024
     schedule: Literal["joint", "two-phase"] = "joint"
-    rounding_rate: Annotated[float, Field(gt=0)] = 1e-2
-    scale_rate: Annotated[float, Field(gt=0)] = 1e-3
+    rounding_rate: Annotated[float, Field(gt=0)] = 3e-2
+    scale_rate: Annotated[float, Field(gt=0)] = 3e-3
     power: Annotated[float, Field(gt=0)] = 2.0
     penalty: Annotated[float, Field(ge=0)] = 1.0
     warmup: Fraction = 0.2
