@@ -112,6 +112,11 @@ def page(results: dict[str, Any]) -> str:
         *(row(name, done[name]) for name in cells("") if name in done),
         "",
     ]
+    if (results["preset"], first["num"] >= 2000, results["steps"]) != ("full", True, 50):
+        lines += [
+            "**Preliminary.** The protocol is the preset `full`, 50 steps and at least 2000 images; this run is smaller.",
+            "",
+        ]
     missing = [name for name in cells("") if name not in done]
     if missing:
         lines += [f"Not measured yet: {', '.join(missing)}.", ""]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import typer
+from diffusers.utils import logging as diffusers_logging
 from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
@@ -27,6 +28,9 @@ class TcaqGroup(TyperGroup):
             notes.print(Text.assemble(("error: ", "bold red"), str(error)))
             raise typer.Exit(2 if isinstance(error, UsageError) else 1) from error
 
+
+# its bars while loading would run through ours
+diffusers_logging.disable_progress_bar()
 
 app = typer.Typer(
     cls=TcaqGroup,

@@ -17,7 +17,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "quick": {
         "calibration": {"images": 32, "steps": 20, "batch": 32},
-        "ranges": {"input_candidates": 40, "values": 4096},
+        "ranges": {"input_candidates": 40},
         "reconstruction": {"iterations": 60, "inputs": 320},
         "alignment": None,
     },

@@ -29,7 +29,7 @@ class RangeSearch(Spec):
     weight_candidates: Positive = 80
     input_candidates: Positive = 80
     power: Annotated[float, Field(gt=0)] = 2.4
-    values: Positive = 16384
+    values: Positive = 4096
 
 
 class Tcr(Spec):
