@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -105,27 +107,27 @@ def distance(output: Tensor, target: Tensor, power: float) -> Tensor:
     return (output - target).abs().pow(power).sum(dim=1).mean()
 
 
-@torch.no_grad()
+def quantized_outputs(unit: Unit, teaching: Teaching, clock: StepClock, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The unit's outputs as it is now on its quantized inputs, each with its target, batch by batch."""
+    for rows in torch.arange(len(teaching.timesteps)).split(batch):
+        clock.set(teaching.timesteps[rows])
+        with torch.no_grad():
+            yield rows_of(teaching.inputs, rows)(unit.module), teaching.targets[rows]
+
+
 def mean_distance(unit: Unit, teaching: Teaching, clock: StepClock, spec: Reconstruction) -> float:
     """What the unit's loss is before learning, over all inputs; never zero, so that it can be divided by."""
-    total = 0.0
-    for rows in torch.arange(len(teaching.timesteps)).split(spec.batch):
-        clock.set(teaching.timesteps[rows])
-        output = rows_of(teaching.inputs, rows)(unit.module)
-        total += float(distance(output, teaching.targets[rows], spec.power)) * len(rows)
+    pairs = quantized_outputs(unit, teaching, clock, spec.batch)
+    total = sum(float(distance(output, target, spec.power)) * len(output) for output, target in pairs)
     return max(total / len(teaching.timesteps), 1e-20)
 
 
-@torch.no_grad()
 def unit_loss(unit: Unit, teaching: Teaching, clock: StepClock, spec: Reconstruction) -> float:
     """Error of the quantized unit on quantized inputs, relative to the mean square of its float output."""
-    total = 0.0
-    for rows in torch.arange(len(teaching.timesteps)).split(spec.batch):
-        clock.set(teaching.timesteps[rows])
-        output = rows_of(teaching.inputs, rows)(unit.module)
-        total += float((output - teaching.targets[rows]).double().square().sum())
+    pairs = quantized_outputs(unit, teaching, clock, spec.batch)
+    total = sum(float((output - target).double().square().sum()) for output, target in pairs)
     loss = total / float(teaching.targets.double().square().sum().clamp(min=1e-30))
-    if loss != loss or loss == float("inf"):
+    if not math.isfinite(loss):
         raise NumericalError(f"the quantized output of unit {unit.name!r} is not finite")
     return loss
 
