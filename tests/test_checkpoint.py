@@ -172,7 +172,7 @@ def test_a_float_pipeline_is_no_checkpoint(tiny_pipeline: Callable[..., Any], tm
 @pytest.fixture(scope="module")
 def float_bytes(tiny_pipeline: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> int:
     path = tmp_path_factory.mktemp("float")
-    unet = tiny_pipeline(channels=(64, 128, 256, 256)).unet
+    unet = tiny_pipeline(channels=(112, 168, 224)).unet
     assert unet.num_parameters() >= 10_000_000
     unet.save_pretrained(path)
     return (path / WEIGHTS.name).stat().st_size
@@ -182,7 +182,7 @@ def float_bytes(tiny_pipeline: Callable[..., Any], tmp_path_factory: pytest.Temp
 def test_size_of_ten_million_parameters(
     tiny_pipeline: Callable[..., Any], float_bytes: int, tmp_path: Path, bits: int, share: float
 ) -> None:
-    unet = tiny_pipeline(channels=(64, 128, 256, 256)).unet
+    unet = tiny_pipeline(channels=(112, 168, 224)).unet
     plan = resolve(unet, default_plan(unet, bits, bits))
     groups = StepGroups(boundaries=tuple(20.0 * g for g in range(1, 50)))
     insert(unet, plan, attach_clock(unet, groups))
