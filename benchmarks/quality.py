@@ -137,7 +137,15 @@ def main() -> None:
     args = parser.parse_args()
     results = read_json(args.results) if args.results.exists() else {"cells": {}}
     if not args.table:
-        results |= {"preset": args.preset, "steps": args.steps, "machine": machine()}
+        protocol = {
+            "preset": args.preset,
+            "steps": args.steps,
+            "num": args.num,
+            "seed": args.seed,
+            "machine": machine(),
+        }
+        if any(results.get(key) != value for key, value in protocol.items()):
+            results = {**protocol, "cells": {}}  # cells of another protocol do not belong into one table
         for name in args.only:
             results["cells"][name] = measure(name, cells(args.preset)[name], args)
             write_json(args.results, results)
