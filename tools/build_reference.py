@@ -122,6 +122,7 @@ def card(records: dict[str, dict[str, Any]]) -> str:
         **records,
         channels=", ".join(map(str, denoiser["unet"]["block_out_channels"])),
         accuracy=100 * classifier["accuracy"],
+        cycles=" + ".join(map(str, denoiser["cycles"])),
         denoiser_minutes=denoiser["seconds"] / 60,
         classifier_minutes=classifier["seconds"] / 60,
         loss_rows="\n".join(f"| {int(i)} | {loss:.5f} |" for i, loss in thin(denoiser["curve"])),

@@ -30,7 +30,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DEBIAN_FOLDER, help="folder with the four IDX files")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=7)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=4e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
@@ -44,6 +44,17 @@ def augment(x: Tensor, draw: torch.Generator, shift: int = 1) -> Tensor:
     x = torch.where(mirrored, x.flip(-1), x)
     row, column = torch.randint(2 * shift + 1, (2,), generator=draw).tolist()
     return pad(x, (shift, shift, shift, shift), value=-1.0)[..., row : row + 32, column : column + 32]
+
+
+def disturb(x: Tensor, draw: torch.Generator, brightness: float = 0.1, noise: float = 0.06) -> Tensor:
+    """Offset and noise that an eye hardly sees, of a strength of its own for each image [N, 1, 32, 32].
+
+    Without them the features make more of a background one gray level off than of a wrong garment.
+    Args: brightness: largest offset; noise: largest standard deviation; both where black is -1 and white is 1.
+    """
+    offset = (torch.rand(len(x), 1, 1, 1, generator=draw) * 2 - 1) * brightness
+    strength = torch.rand(len(x), 1, 1, 1, generator=draw) * noise
+    return (x + offset + strength * torch.randn(x.shape, generator=draw)).clamp(-1.0, 1.0)
 
 
 def rate_at(iteration: int, total: int, warmup: int = 200) -> float:
@@ -91,7 +102,8 @@ def train(args: argparse.Namespace, model: GarmentClassifier) -> tuple[list[tupl
             draw = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
             model.train()
             for index in torch.randperm(len(signal), generator=draw)[: batches * args.batch].split(args.batch):
-                loss = cross_entropy(model(augment(signal[index], draw)), labels[index], label_smoothing=0.05)
+                x = disturb(augment(signal[index], draw), draw)
+                loss = cross_entropy(model(x), labels[index], label_smoothing=0.05)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()

@@ -42,7 +42,13 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DEBIAN_FOLDER, help="folder with the four IDX files")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--iterations", type=int, default=5000)
+    parser.add_argument(
+        "--cycles",
+        type=int,
+        nargs="+",
+        default=[5000, 6000],
+        help="iterations of each cycle of the learning rate; a longer list goes on from a finished shorter one",
+    )
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=8e-4, help="peak learning rate")
     parser.add_argument("--ema", type=float, default=0.999)
@@ -51,12 +57,15 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def rate_at(iteration: int, total: int, warmup: int = 200, cooldown: float = 0.35) -> float:
-    """The learning rate as a factor of its peak.
+def rate_at(iteration: int, cycles: list[int], warmup: int = 200, cooldown: float = 0.35) -> float:
+    """The learning rate as a factor of its peak, in cycles with warm restarts (Loshchilov and Hutter 2017).
 
-    Linear warm-up, then a slow cosine that would take half as long again as the training, and over the last part a linear way
-    down to zero: most of the training at a high rate, and still a settled end.
+    A cycle: linear warm-up, then a slow cosine that would take half as long again as the cycle, and over the last part a
+    linear way down to zero: most of the training at a high rate, and still a settled end.
     """
+    total, *later = cycles
+    if later and iteration >= total:
+        return rate_at(iteration - total, later, warmup, cooldown)
     if iteration < warmup:
         return (iteration + 1) / warmup
     slow = 0.5 * (1 + math.cos(math.pi * (iteration - warmup) / (1.5 * total - warmup)))
@@ -79,9 +88,9 @@ def main() -> None:
     unet = UNet2DModel(**UNET).train()
     scheduler = DDIMScheduler(num_train_timesteps=1000)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rate_at(i, args.iterations))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rate_at(i, args.cycles))
     ema = EMAModel(unet.parameters(), decay=args.ema, use_ema_warmup=True, power=0.75)
-    start, curve, seconds = 0, [], 0.0
+    total, start, curve, seconds = sum(args.cycles), 0, [], 0.0
     checkpoint = args.output / "training.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -89,11 +98,13 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         ema.load_state_dict(state["ema"])
+        for group in optimizer.param_groups:  # a list of cycles that grew since has another rate here
+            group["lr"] = args.rate * rate_at(state["iteration"], args.cycles)
         start, curve, seconds = state["iteration"], state["curve"], state["seconds"]
     with Progress() as progress:
-        bar = progress.add_task("training", total=args.iterations, completed=start)
+        bar = progress.add_task("training", total=total, completed=start)
         mean, began = 0.0, time.monotonic()
-        for iteration in range(start, args.iterations):
+        for iteration in range(start, total):
             # one generator an iteration: a resumed run draws the batches the undisturbed one would have drawn
             draw = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
             clean = images[torch.randint(len(images), (args.batch,), generator=draw)]
@@ -112,7 +123,7 @@ def main() -> None:
             mean += loss.item()
             progress.update(bar, completed=iteration + 1, description=f"loss {loss.item():.4f}")
             done = iteration + 1
-            if done % args.save_every == 0 or done == args.iterations:
+            if done % args.save_every == 0 or done == total:
                 steps = done - start if not curve else done - curve[-1][0]
                 curve.append((done, mean / max(1, steps)))
                 seconds += time.monotonic() - began
@@ -125,7 +136,7 @@ def main() -> None:
     ema.copy_to(unet.parameters())
     DDIMPipeline(unet=unet.eval(), scheduler=scheduler).save_pretrained(args.output)
     record = {
-        "unet": UNET, "parameters": sum(p.numel() for p in unet.parameters()), "iterations": args.iterations,
+        "unet": UNET, "parameters": sum(p.numel() for p in unet.parameters()), "cycles": args.cycles,
         "batch": args.batch, "rate": args.rate, "ema": args.ema, "seed": args.seed, "seconds": seconds,
         "curve": curve, "torch": torch.__version__,
     }  # fmt: skip

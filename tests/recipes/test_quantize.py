@@ -25,8 +25,9 @@ from tcaq.spec.plan import Plan, Rule
 SMALL = {
     "calibration": {"images": 4, "steps": 3, "batch": 2},
     "ranges": {"values": 500, "weight_candidates": 4, "input_candidates": 4},
-    "reconstruction": {"iterations": 3, "inputs": 8, "batch": 4},
+    "reconstruction": {"iterations": 3, "inputs": 8, "batch": 4, "bias_rate": 0.1},
     "alignment": {"rounds": 1, "iterations": 2},
+    "network": {"iterations": 2, "inputs": 8, "batch": 4},
 }
 
 
@@ -60,7 +61,7 @@ def test_checkpoint_loads_through_diffusers_and_is_the_model_in_memory(done):
 def test_every_stage_leaves_its_record(done):
     run = Run.read(done[1] / "run")
     assert run.finished() == [
-        "collect/0", "collect/1", "equalize", "observe", "reconstruct/0", "reconstruct/1",
+        "collect/0", "collect/1", "equalize", "network", "observe", "reconstruct/0", "reconstruct/1",
         "scale/inputs", "scale/weights", "select",
     ]  # fmt: skip
     losses = [record.meta for _, record in run.results("reconstruct/0")]
@@ -110,7 +111,12 @@ def test_eight_bits_are_closer_than_four(tiny_pipeline):
 
 @pytest.mark.parametrize(
     ("change", "absent"),
-    [({"tcr": None}, "equalize"), ({"alignment": None}, "reconstruct/1"), ({"reconstruction": None}, "reconstruct/0")],
+    [
+        ({"tcr": None}, "equalize"),
+        ({"alignment": None}, "reconstruct/1"),
+        ({"network": None}, "network"),
+        ({"reconstruction": None}, "reconstruct/0"),
+    ],
 )
 def test_each_part_can_be_left_out(tiny_pipeline, tmp_path, change, absent):
     quantize(tiny_pipeline(), small(**change), tmp_path / "out")

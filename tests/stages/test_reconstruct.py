@@ -7,6 +7,7 @@ import torch
 
 from tcaq.errors import RunError
 from tcaq.layers.modes import Mode, running
+from tcaq.models.units import Unit
 from tcaq.records import Record
 from tcaq.spec.recipe import Reconstruction
 from tcaq.stages.cache import ActivationCache
@@ -97,6 +98,41 @@ def test_a_fit_is_reproducible_and_comes_back_bit_for_bit(ready, tmp_path):
     apply_unit(unit, start)
     apply_unit(unit, Record.load(tmp_path / "unit.safetensors"))
     assert all(torch.equal(v, after[k]) for k, v in unit_state(unit).items())
+
+
+def test_correcting_biases_undoes_a_planted_shift(ready):
+    unit = next(u for u in ready.units if u.name == "conv_in")
+    layer, spec = unit.module, {"drop": 0.0, "rounding_rate": 0.0, "scale_rate": 0.0}
+    with make(ready, **spec) as reconstructor:
+        least = reconstructor.fit(unit.name).meta["loss_before"]  # that of quantization alone
+        assert reconstructor.fit(unit.name).meta["loss_after"] == least  # every rate is zero
+        planted = 5 * layer.output_step() * torch.linspace(-1, 1, len(layer.bias))
+        layer.bias_correction = planted.clone()
+    with make(ready, **spec, bias_rate=0.1, iterations=200) as reconstructor:
+        fitted = reconstructor.fit(unit.name)
+    assert fitted.meta["loss_before"] > 10 * least
+    assert fitted.meta["loss_after"] < 1.1 * least
+    assert float(layer.bias_correction.abs().max()) < 0.2 * float(planted.abs().max())
+    with running(ready.unet, Mode.FLOAT):  # the teacher knows nothing of it
+        assert torch.equal(
+            layer(ready.trajectories.samples[0]), torch.nn.Conv2d.forward(layer, ready.trajectories.samples[0])
+        )
+
+
+def test_the_whole_denoiser_is_a_unit_too(ready):
+    whole = Unit("network", ready.unet)
+    before = unit_state(whole)
+    spec = SPEC.model_copy(update={"drop": 0.0, "bias_rate": 0.01})
+    with Reconstructor(
+        ready.unet, [whole], ready.trajectories, spec, iterations=60, trust=0.8, memory=1.0, seed=0
+    ) as reconstructor:
+        fitted = reconstructor.fit("network")
+    assert fitted.meta["loss_after"] < 0.8 * fitted.meta["loss_before"]
+    after = unit_state(whole)
+    apply_unit(whole, Record(before))
+    assert unit_state(whole).keys() == before.keys()  # no correction is left where there was none
+    apply_unit(whole, fitted)
+    assert all(torch.equal(value, after[name]) for name, value in unit_state(whole).items())
 
 
 def test_no_gradient_reaches_the_original_weights(ready):

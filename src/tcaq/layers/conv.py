@@ -31,7 +31,8 @@ class QuantizedConv2d(QuantizedWeight, nn.Conv2d):
         """Convolve `x`, float [batch, in, height, width]."""
         if self.is_float:
             return cast(Tensor, self._conv_forward(x, self.float_weight(), self.bias))
-        return cast(Tensor, self._conv_forward(self.quantized_input(x), self.quantized_weight(x.dtype), self.bias))
+        weight, bias = self.quantized_weight(x.dtype), self.quantized_bias()
+        return cast(Tensor, self._conv_forward(self.quantized_input(x), weight, bias))
 
 
 def conv_options(conv: nn.Conv2d) -> dict[str, Any]:

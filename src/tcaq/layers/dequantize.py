@@ -32,7 +32,8 @@ def _plain_conv(layer: QuantizedConv2d, dtype: torch.dtype) -> nn.Conv2d:
     with torch.device("meta"):
         plain = nn.Conv2d(**conv_options(layer))
     plain.weight = nn.Parameter(layer.quantized_weight(dtype).detach())
-    plain.bias = layer.bias
+    bias = layer.quantized_bias()
+    plain.bias = None if bias is None else nn.Parameter(bias.detach())
     return plain.train(layer.training)
 
 
@@ -40,5 +41,6 @@ def _plain_linear(layer: QuantizedLinear, dtype: torch.dtype) -> nn.Linear:
     with torch.device("meta"):
         plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
     plain.weight = nn.Parameter(layer.quantized_weight(dtype).detach())
-    plain.bias = layer.bias
+    bias = layer.quantized_bias()
+    plain.bias = None if bias is None else nn.Parameter(bias.detach())
     return plain.train(layer.training)

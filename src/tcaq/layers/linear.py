@@ -32,4 +32,4 @@ class QuantizedLinear(QuantizedWeight, nn.Linear):
         """Multiply `x`, float [batch, ..., in]."""
         if self.is_float:
             return linear(x, self.float_weight(), self.bias)
-        return linear(self.quantized_input(x), self.quantized_weight(x.dtype), self.bias)
+        return linear(self.quantized_input(x), self.quantized_weight(x.dtype), self.quantized_bias())

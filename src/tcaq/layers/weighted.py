@@ -22,12 +22,15 @@ class QuantizedWeight(Moded, nn.Module):
     The layer computes `Q(W * r) / r` on `Q(x / r) * r`, which is Q(W r) Q(x / r): the vector r never touches the
     tensors between layers, only the scales. The original weight stays for float mode until `drop_float_weight`.
 
-    Attributes: equalizer: r, float32 [in channels], 1 where TCR is off.
+    Attributes: equalizer: r, float32 [in channels], 1 where TCR is off; bias_correction: None, or float32 [out channels],
+        learned in reconstruction and added to the bias in quantized mode only; `drop_float_weight` folds it into the bias.
     """
 
     CHANNEL_AXIS: int
     groups: int = 1
+    bias: Tensor | None
     equalizer: Tensor
+    bias_correction: Tensor | None = None
     input_quantizer: AffineQuantizer
     weight_quantizer: WeightQuantizer
 
@@ -72,6 +75,9 @@ class QuantizedWeight(Moded, nn.Module):
 
     def drop_float_weight(self) -> None:
         """Keep only the packed codes; float mode is gone afterwards."""
+        if self.bias is not None and self.bias_correction is not None:
+            self.bias.data += self.bias_correction.to(self.bias.dtype)
+            self.bias_correction = None
         self.register_parameter("weight", None)
 
     def quantized_weight(self, dtype: torch.dtype) -> Tensor:
@@ -83,6 +89,31 @@ class QuantizedWeight(Moded, nn.Module):
     def quantized_input(self, x: Tensor) -> Tensor:
         """Q(x / r) * r."""
         return cast(Tensor, self.input_quantizer(x, self.gain(x.dim())))
+
+    def quantized_bias(self) -> Tensor | None:
+        """The bias, with its correction if it has one."""
+        if self.bias is None or self.bias_correction is None:
+            return self.bias
+        return self.bias + self.bias_correction.to(self.bias.dtype)
+
+    def learn_bias(self) -> list[Tensor]:
+        """Start to learn the correction of the bias; returns what an optimizer must own: nothing where there is no bias."""
+        if self.bias is None:
+            return []
+        if self.bias_correction is None:
+            self.bias_correction = torch.zeros_like(self.bias, dtype=torch.float32)
+        self.bias_correction = self.bias_correction.detach().requires_grad_()
+        return [self.bias_correction]
+
+    def end_learning(self) -> None:
+        """Keep what was learned of the bias, without its gradient."""
+        if self.bias_correction is not None:
+            self.bias_correction = self.bias_correction.detach()
+
+    def output_step(self) -> float:
+        """What one code of the input is worth in the output, roughly: the scale that a correction of the bias is measured in."""
+        weight = self.equalized_weight().detach().flatten(1)
+        return float(weight.norm(dim=1).mean() * self.input_quantizer.scale.mean())
 
     @property
     def is_float(self) -> bool:

@@ -74,16 +74,19 @@ def execution_order(denoiser: nn.Module, run: Callable[[], object]) -> list[Unit
     return order
 
 
-def default_plan(denoiser: nn.Module, weights: int, activations: int, *, adaptive: bool = True) -> Plan:
+def default_plan(denoiser: nn.Module, weights: int, activations: int, per_octave: int | None = 1) -> Plan:
     """Every layer quantized: the first and last layers and the time embedding at 8 bits, everything else as asked.
 
     The blocks' projections of the embedding read it at 8 bits; their weights, up to a tenth of a U-Net's, have the bits asked for.
 
-    Args: weights, activations: bits; adaptive: DAQ chooses the grid of attention probabilities, else it is even.
+    Args: weights, activations: bits; per_octave: DAQ chooses for attention probabilities between an even grid and a log2 grid
+        with so many values to each halving; None: they have an even grid.
     """
     row = architecture(denoiser)
     eight = AffineGrid(bits=8)
-    probabilities: ProbabilityGrid = AdaptiveGrid(bits=activations) if adaptive else UnitGrid(bits=activations)
+    probabilities: ProbabilityGrid = UnitGrid(bits=activations)
+    if per_octave is not None:
+        probabilities = AdaptiveGrid(bits=activations, per_octave=per_octave)
     special = [Rule(match=pattern, weight=eight, input=eight) for pattern in (*row.edges, *row.time)]
     special += [Rule(match=pattern, weight=AffineGrid(bits=weights), input=eight) for pattern in row.projections]
     operand = AffineGrid(bits=activations)

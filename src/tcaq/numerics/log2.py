@@ -1,8 +1,8 @@
 """Logarithmic quantization of values in (0, 1], for attention probabilities.
 
-`q = clamp(round(-log2(p / scale)), 0, 2^b - 1)`, `p_hat = scale * 2^-q`. A code that would fall past the end stands for
-zero, so the last code is the zero code: probabilities far below the grid must vanish, not be lifted to its smallest
-value.
+`q = clamp(round(-n log2(p / scale)), 0, 2^b - 1)`, `p_hat = scale * 2^(-q / n)`, with n codes per octave: 1 is the usual log2
+grid, 2 the one with base sqrt(2) (RepQ-ViT, Li et al. 2023). A code that would fall past the end stands for zero, so the last
+code is the zero code: probabilities far below the grid must vanish, not be lifted to its smallest value.
 """
 
 from __future__ import annotations
@@ -11,24 +11,25 @@ import torch
 from torch import Tensor
 
 
-def quantize_log2(p: Tensor, scale: Tensor, bits: int) -> Tensor:
+def quantize_log2(p: Tensor, scale: Tensor, bits: int, per_octave: int = 1) -> Tensor:
     """Codes of `p >= 0` (float, any shape) as whole numbers in `[0, 2^bits - 1]`; the last code means zero.
 
-    Args: scale: float > 0, broadcastable: the largest representable value.
+    Args: scale: float > 0, broadcastable: the largest representable value; per_octave: codes per halving.
     """
-    return torch.round(-torch.log2(p / scale)).clamp(0, 2**bits - 1)  # p = 0 has exponent infinity: the last code
+    # p = 0 has exponent infinity: the last code
+    return torch.round(torch.log2(p / scale) * -per_octave).clamp(0, 2**bits - 1)
 
 
-def dequantize_log2(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Real values of log2 codes: `scale * 2^-q`, and zero for the last code."""
-    values = scale * torch.exp2(-codes)
+def dequantize_log2(codes: Tensor, scale: Tensor, bits: int, per_octave: int = 1) -> Tensor:
+    """Real values of log2 codes: `scale * 2^(-q / per_octave)`, and zero for the last code."""
+    values = scale * torch.exp2(codes / -per_octave)
     return torch.where(codes == 2**bits - 1, torch.zeros_like(values), values)
 
 
-def fake_quantize_log2(p: Tensor, scale: Tensor, bits: int) -> Tensor:
+def fake_quantize_log2(p: Tensor, scale: Tensor, bits: int, per_octave: int = 1) -> Tensor:
     """Quantize-dequantize, straight through in `p` (gradient 1)."""
     with torch.no_grad():
-        hat = dequantize_log2(quantize_log2(p, scale, bits), scale, bits)
+        hat = dequantize_log2(quantize_log2(p, scale, bits, per_octave), scale, bits, per_octave)
     if torch.is_grad_enabled() and p.requires_grad:
         return hat + (p - p.detach())  # adds an exact zero, so that gradients do not change values
     return hat

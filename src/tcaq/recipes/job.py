@@ -31,6 +31,10 @@ Judge = Callable[[Tensor, Tensor], float]
 """Distance between two sets of images, uint8 [images, channels, height, width]: the float model's, and the quantized one's."""
 
 
+HELD = 0.8
+"""How firmly the whole denoiser's fit holds the roundings that its units chose, as `Alignment.trust`."""
+
+
 @dataclass(frozen=True)
 class Collected:
     """What sampling left: trajectories, and the images they end in."""
@@ -125,6 +129,17 @@ class Job:
             self.run.series(
                 f"reconstruct/{round_}", list(by_name), reconstructor.fit, lambda name, r: apply_unit(by_name[name], r)
             )
+
+    def tune(self, trajectories: Trajectories) -> None:
+        """Fit the whole denoiser as one unit, from where the rounds left it."""
+        if (spec := self.recipe.network) is None:
+            return
+        whole = Unit("network", self.denoiser)
+        with Reconstructor(
+            self.denoiser, [whole], trajectories, spec, iterations=spec.iterations, trust=HELD,
+            memory=self.recipe.memory, seed=self.recipe.seed,
+        ) as reconstructor:  # fmt: skip
+            self.run.series("network", [whole.name], reconstructor.fit, lambda _, record: apply_unit(whole, record))
 
     def restore(self, round_: int) -> None:
         """Go back to the state that an earlier round of reconstruction left."""

@@ -31,7 +31,8 @@ RUN_FOLDER = "run"
 
 def resolved_plan(denoiser: nn.Module, recipe: Recipe, plan: Plan | None = None) -> ResolvedPlan:
     """The table that a recipe would quantize a denoiser by; `plan` takes the place of the default rules."""
-    rules = plan or default_plan(denoiser, recipe.weights, recipe.activations, adaptive=recipe.daq is not None)
+    per_octave = recipe.daq.per_octave(recipe.activations) if recipe.daq else None
+    rules = plan or default_plan(denoiser, recipe.weights, recipe.activations, per_octave)
     return resolve(denoiser, rules)
 
 

@@ -15,13 +15,16 @@ def tcaq(job: Job) -> None:
     job.scale(ranges, data.trajectories)
     job.select(data.trajectories)
     if job.recipe.reconstruction is not None:
-        align(job, job.recipe.reconstruction, data)
+        data = align(job, job.recipe.reconstruction, data)
+    if job.recipe.network is not None:
+        job.tune(data.trajectories)
 
 
-def align(job: Job, spec: Reconstruction, data: Collected) -> None:
+def align(job: Job, spec: Reconstruction, data: Collected) -> Collected:
     """PAR: round 0 on the float model's trajectories, every further round on those of the quantized model.
 
     Stops before the last round, and goes back one, when the distance to the float model's images no longer falls.
+    Returns: what the model of the last round that counts was fitted on, or left when it was sampled from.
     """
     rounds = job.recipe.alignment.rounds if job.recipe.alignment else 0
     float_images, best = data.images, float("inf")
@@ -29,10 +32,12 @@ def align(job: Job, spec: Reconstruction, data: Collected) -> None:
         iterations = job.recipe.alignment.iterations if round_ and job.recipe.alignment else spec.iterations
         job.reconstruct(round_, data.trajectories, iterations)
         if round_ == rounds and (rounds == 0 or job.judge is None):
-            return  # nothing is left to align to, nor to compare
-        data = job.collect(round_ + 1)
-        score = job.score(round_, float_images, data.images)
+            return data  # nothing is left to align to, nor to compare
+        drifted = job.collect(round_ + 1)
+        score = job.score(round_, float_images, drifted.images)
         if score is not None and score >= best:
             job.restore(round_ - 1)
-            return
+            return data
         best = best if score is None else score
+        data = drifted
+    return data

@@ -23,11 +23,15 @@ class AffineGrid(Spec):
         return f"{'s' if self.symmetric else 'a'}{'int' if self.signed else 'uint'}{self.bits}"
 
 
+PerOctave = Annotated[int, Field(ge=1, le=64)]
+
+
 class Log2Grid(Spec):
-    """Powers of two and zero, for attention probabilities."""
+    """Zero and a geometric series with `per_octave` values to each halving, for attention probabilities; 1: powers of two."""
 
     code: Literal["log2"] = "log2"
     bits: Bits
+    per_octave: PerOctave = 1
 
     def __str__(self) -> str:
         return f"log2-{self.bits}"
@@ -48,6 +52,7 @@ class AdaptiveGrid(Spec):
 
     code: Literal["adaptive"] = "adaptive"
     bits: Bits
+    per_octave: PerOctave = 1
 
     def __str__(self) -> str:
         return f"daq{self.bits}"

@@ -45,27 +45,35 @@ class Daq(Spec):
     """Dynamically adaptive quantizer for attention probabilities.
 
     `criterion` "likelihood" is the paper's: log2 where R > 0; "error" (ours) takes the grid whose measured error is smaller. R is
-    recorded either way.
+    recorded either way. `octaves` (ours) is how far below its peak the log2 grid reaches: fewer octaves leave more values to
+    each; None is the paper's grid of powers of two.
     """
 
     criterion: Literal["likelihood", "error"] = "error"
     alternative: Alternative = "exponential"
     p_min: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    octaves: Annotated[int, Field(ge=4, le=255)] | None = 8
+
+    def per_octave(self, bits: int) -> int:
+        """How many values a log2 grid has to each halving."""
+        return 1 if self.octaves is None else max(1, 2**bits // self.octaves)
 
 
 class Reconstruction(Spec):
     """Block reconstruction: AdaRound and learned step sizes, unit by unit in execution order.
 
     `penalty` weighs the mean rounding penalty of a unit's weights against its loss, relative to the loss it starts from: the same
-    number means the same pull for every unit, whatever the size of its output.
+    number means the same pull for every unit, whatever the size of its output. A rate of 0 leaves that part as it is;
+    `bias_rate` corrects the biases, in what one code of a layer's input is worth in its output.
     """
 
     iterations: Positive = 1000
     batch: Positive = 32
     inputs: Positive = 1024
     schedule: Literal["joint", "two-phase"] = "joint"
-    rounding_rate: Annotated[float, Field(gt=0)] = 3e-2
-    scale_rate: Annotated[float, Field(gt=0)] = 3e-3
+    rounding_rate: Annotated[float, Field(ge=0)] = 3e-2
+    scale_rate: Annotated[float, Field(ge=0)] = 3e-3
+    bias_rate: Annotated[float, Field(ge=0)] = 0.0
     power: Annotated[float, Field(gt=0)] = 2.0
     penalty: Annotated[float, Field(ge=0)] = 1.0
     warmup: Fraction = 0.2
@@ -84,7 +92,10 @@ class Alignment(Spec):
 
 
 class Recipe(Spec):
-    """A named program with all its options; None switches a part off."""
+    """A named program with all its options; None switches a part off.
+
+    `network` (ours) fits the whole denoiser as one unit after the last round, on trajectories of the quantized model.
+    """
 
     program: str = "tcaq"
     weights: Bits = 4
@@ -96,6 +107,7 @@ class Recipe(Spec):
     daq: Daq | None = Daq()
     reconstruction: Reconstruction | None = Reconstruction()
     alignment: Alignment | None = Alignment()
+    network: Reconstruction | None = None
     memory: Annotated[float, Field(gt=0, description="GiB the activation cache may hold before it spills to disk")] = (
         4.0
     )

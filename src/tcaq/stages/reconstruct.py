@@ -26,6 +26,8 @@ from tcaq.spec.recipe import Reconstruction
 from tcaq.stages.cache import ActivationCache
 from tcaq.stages.replay import Call, Replay
 
+CORRECTION = "bias_correction"
+
 
 @dataclass(frozen=True)
 class Teaching:
@@ -145,12 +147,15 @@ def learn(
     """Learn roundings, step sizes, or both together, then fold them into codes and scales."""
     spec, iterations = run.spec, run.iterations
     layers = [layer for _, layer in quantized_layers(unit.module)]
+    rounding = rounding and spec.rounding_rate > 0
     weights = [layer.weight_quantizer for layer in layers if isinstance(layer, QuantizedWeight)] if rounding else []
     count = sum(weight.shape.numel() for weight in weights)
     initial = mean_distance(unit, teaching, clock, spec)
     # without this a warm-up would let the loss alone pull held roundings back to the float weight
     warmup = 0.0 if run.trust else spec.warmup
     groups = begin(layers, spec, run.trust, rounding=rounding, scales=scales)
+    if not groups:
+        return  # every rate is zero
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     learned = {id(parameter) for group in groups for parameter in group["params"]}
@@ -183,11 +188,13 @@ def begin(
     """Make the variables of the layers and say at which rate each is learned."""
     groups: list[dict[str, Any]] = []
     for layer in layers:
-        if rounding and isinstance(layer, QuantizedWeight):
+        if rounding and spec.rounding_rate and isinstance(layer, QuantizedWeight):
             alpha = layer.weight_quantizer.begin_learning(layer.equalized_weight().detach(), trust)
             groups.append({"params": alpha, "lr": spec.rounding_rate})
+        if scales and spec.bias_rate and isinstance(layer, QuantizedWeight):
+            groups.append({"params": layer.learn_bias(), "lr": spec.bias_rate * layer.output_step()})
         for quantizer in layer.operands.values():
-            if scales and isinstance(quantizer, AffineQuantizer):
+            if scales and spec.scale_rate and isinstance(quantizer, AffineQuantizer):
                 groups.append({"params": quantizer.begin_learning(), "lr": spec.scale_rate})
     return groups
 
@@ -197,6 +204,7 @@ def end(layers: list[QuantizedLayer]) -> None:
     for layer in layers:
         if isinstance(layer, QuantizedWeight):
             layer.weight_quantizer.end_learning(layer.equalized_weight().detach())
+            layer.end_learning()
         for quantizer in layer.operands.values():
             if isinstance(quantizer, AffineQuantizer):
                 quantizer.end_learning()
@@ -218,13 +226,13 @@ def annealed(iteration: int, total: int, warmup: float, start: float = 20.0, sto
 
 
 def unit_state(unit: Unit) -> dict[str, Tensor]:
-    """Every quantizer buffer of a unit, by its name inside the unit."""
-    return {
-        f"{name}|{key}": value.clone()
-        for name, layer in quantized_layers(unit.module)
-        for key, value in layer.state_dict().items()
-        if "quantizer." in key
-    }
+    """Every quantizer buffer and correction of a unit, by its name inside the unit."""
+    state = {}
+    for name, layer in quantized_layers(unit.module):
+        state |= {f"{name}|{key}": value.clone() for key, value in layer.state_dict().items() if "quantizer." in key}
+        if isinstance(layer, QuantizedWeight) and layer.bias_correction is not None:
+            state[f"{name}|{CORRECTION}"] = layer.bias_correction.clone()
+    return state
 
 
 def apply_unit(unit: Unit, record: Record) -> None:
@@ -236,3 +244,5 @@ def apply_unit(unit: Unit, record: Record) -> None:
             for key in buffers:
                 if f"{name}|{key}" in state:
                     buffers[key].copy_(record.tensors[f"{name}|{key}"])
+            if isinstance(layer, QuantizedWeight):
+                layer.bias_correction = record.tensors.get(f"{name}|{CORRECTION}")
