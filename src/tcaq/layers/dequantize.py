@@ -33,7 +33,7 @@ def _plain_conv(layer: QuantizedConv2d, dtype: torch.dtype) -> nn.Conv2d:
         plain = nn.Conv2d(**conv_options(layer))
     plain.weight = nn.Parameter(layer.quantized_weight(dtype).detach())
     bias = layer.quantized_bias()
-    plain.bias = None if bias is None else nn.Parameter(bias.detach())
+    plain.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach()))
     return plain.train(layer.training)
 
 
@@ -42,5 +42,5 @@ def _plain_linear(layer: QuantizedLinear, dtype: torch.dtype) -> nn.Linear:
         plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
     plain.weight = nn.Parameter(layer.quantized_weight(dtype).detach())
     bias = layer.quantized_bias()
-    plain.bias = None if bias is None else nn.Parameter(bias.detach())
+    plain.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach()))
     return plain.train(layer.training)

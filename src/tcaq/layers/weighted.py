@@ -28,7 +28,6 @@ class QuantizedWeight(Moded, nn.Module):
 
     CHANNEL_AXIS: int
     groups: int = 1
-    bias: Tensor | None
     equalizer: Tensor
     bias_correction: Tensor | None = None
     input_quantizer: AffineQuantizer
@@ -75,8 +74,8 @@ class QuantizedWeight(Moded, nn.Module):
 
     def drop_float_weight(self) -> None:
         """Keep only the packed codes; float mode is gone afterwards."""
-        if self.bias is not None and self.bias_correction is not None:
-            self.bias.data += self.bias_correction.to(self.bias.dtype)
+        if (bias := self.float_bias()) is not None and self.bias_correction is not None:
+            bias.data += self.bias_correction.to(bias.dtype)
             self.bias_correction = None
         self.register_parameter("weight", None)
 
@@ -90,19 +89,21 @@ class QuantizedWeight(Moded, nn.Module):
         """Q(x / r) * r."""
         return cast(Tensor, self.input_quantizer(x, self.gain(x.dim())))
 
+    def float_bias(self) -> Tensor | None:
+        """The layer's bias without correction."""
+        return self._parameters["bias"]
+
     def quantized_bias(self) -> Tensor | None:
         """The bias, with its correction if it has one."""
-        if self.bias is None or self.bias_correction is None:
-            return self.bias
-        return self.bias + self.bias_correction.to(self.bias.dtype)
+        bias = self.float_bias()
+        return bias if bias is None or self.bias_correction is None else bias + self.bias_correction.to(bias.dtype)
 
     def learn_bias(self) -> list[Tensor]:
         """Start to learn the correction of the bias; returns what an optimizer must own: nothing where there is no bias."""
-        if self.bias is None:
+        if (bias := self.float_bias()) is None:
             return []
-        if self.bias_correction is None:
-            self.bias_correction = torch.zeros_like(self.bias, dtype=torch.float32)
-        self.bias_correction = self.bias_correction.detach().requires_grad_()
+        start = torch.zeros_like(bias, dtype=torch.float32) if self.bias_correction is None else self.bias_correction
+        self.bias_correction = start.detach().requires_grad_()
         return [self.bias_correction]
 
     def end_learning(self) -> None:

@@ -14,17 +14,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "calibration": {"images": 32, "batch": 32},
         "reconstruction": None,
         "alignment": None,
+        "network": None,
     },
     "quick": {
         "calibration": {"images": 32, "steps": 20, "batch": 32},
         "ranges": {"input_candidates": 40},
-        "reconstruction": {"iterations": 60, "inputs": 320},
+        "reconstruction": {"iterations": 20, "inputs": 160},
         "alignment": None,
+        "network": {"iterations": 80, "inputs": 640},
     },
     "full": {
         "calibration": {"images": 96, "steps": 50, "batch": 32},
         "reconstruction": {"iterations": 800, "inputs": 1600},
         "alignment": {"rounds": 2, "iterations": 200},
+        "network": {"iterations": 400, "inputs": 1600},
     },
 }
 
@@ -37,6 +40,7 @@ PROGRAM_OPTIONS: dict[str, dict[str, Any]] = {
         "daq": None,
         "reconstruction": None,
         "alignment": None,
+        "network": None,
     },
 }
 """What a program fixes whatever the preset says."""

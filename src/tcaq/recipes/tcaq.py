@@ -14,30 +14,34 @@ def tcaq(job: Job) -> None:
     job.equalize(ranges)
     job.scale(ranges, data.trajectories)
     job.select(data.trajectories)
-    if job.recipe.reconstruction is not None:
-        data = align(job, job.recipe.reconstruction, data)
+    last = None if job.recipe.reconstruction is None else align(job, job.recipe.reconstruction, data)
     if job.recipe.network is not None:
-        job.tune(data.trajectories)
+        own = last or job.collect(rounds_of(job) + 1)
+        job.tune(own.trajectories)
 
 
-def align(job: Job, spec: Reconstruction, data: Collected) -> Collected:
+def rounds_of(job: Job) -> int:
+    """How many rounds of alignment the recipe asks for."""
+    return job.recipe.alignment.rounds if job.recipe.alignment else 0
+
+
+def align(job: Job, spec: Reconstruction, data: Collected) -> Collected | None:
     """PAR: round 0 on the float model's trajectories, every further round on those of the quantized model.
 
     Stops before the last round, and goes back one, when the distance to the float model's images no longer falls.
-    Returns: what the model of the last round that counts was fitted on, or left when it was sampled from.
+    Returns: what the model as it is then sampled, if it did.
     """
-    rounds = job.recipe.alignment.rounds if job.recipe.alignment else 0
-    float_images, best = data.images, float("inf")
+    rounds, float_images, best = rounds_of(job), data.images, float("inf")
     for round_ in range(rounds + 1):
         iterations = job.recipe.alignment.iterations if round_ and job.recipe.alignment else spec.iterations
         job.reconstruct(round_, data.trajectories, iterations)
         if round_ == rounds and (rounds == 0 or job.judge is None):
-            return data  # nothing is left to align to, nor to compare
-        drifted = job.collect(round_ + 1)
-        score = job.score(round_, float_images, drifted.images)
+            return None  # nothing is left to align to, nor to compare
+        sampled = job.collect(round_ + 1)
+        score = job.score(round_, float_images, sampled.images)
         if score is not None and score >= best:
             job.restore(round_ - 1)
             return data
         best = best if score is None else score
-        data = drifted
+        data = sampled
     return data

@@ -122,11 +122,7 @@ def read_story(folder: Path) -> Story:
         identity=run.identity,
         equalized=_equalized(run, finished),
         choices=_choices(run, finished, plan),
-        losses=[
-            UnitLoss(str(r.meta["unit"]), n, float(r.meta["loss_before"]), float(r.meta["loss_after"]))
-            for n, name in _rounds(finished, "reconstruct")
-            for _, r in run.results(name)
-        ],
+        losses=_losses(run, finished),
         scores=[Score(n, float(_only(run, name).meta["fd"])) for n, name in _rounds(finished, "score")],
         costs=_costs(run, finished),
     )
@@ -155,6 +151,18 @@ def _choices(run: Run, finished: Sequence[str], plan: Sequence[LayerGrids]) -> d
     rows = _only(run, "select").meta["choices"]
     fields = ("group", "use_log2", "ratio", "error_even", "error_log2")
     return {name: [Choice(**{field: row[field] for field in fields}) for row in rows[name]] for name in free}
+
+
+def _losses(run: Run, finished: Sequence[str]) -> list[UnitLoss]:
+    """Of every unit in every round; the fit of the whole denoiser counts to the last one."""
+    rounds = _rounds(finished, "reconstruct")
+    if "network" in finished:
+        rounds.append((rounds[-1][0] if rounds else 0, "network"))
+    return [
+        UnitLoss(str(r.meta["unit"]), n, float(r.meta["loss_before"]), float(r.meta["loss_after"]))
+        for n, name in rounds
+        for _, r in run.results(name)
+    ]
 
 
 def _costs(run: Run, finished: Sequence[str]) -> list[StageCost]:

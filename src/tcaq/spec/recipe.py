@@ -33,10 +33,14 @@ class RangeSearch(Spec):
 
 
 class Tcr(Spec):
-    """Timestep-channel joint reparameterization; `percentile` 0 is the paper's minimum."""
+    """Timestep-channel joint reparameterization; `percentile` 0 is the paper's minimum, `strength` 1 its vector.
 
-    percentile: Fraction = 0.05
-    truncate: Annotated[float, Field(ge=1)] = 10.0
+    A weak channel makes every other ratio large, which costs nothing: the input's scale takes a common factor back. What costs is a
+    tight `truncate`, because where most entries are cut to one number, nothing is equalized any more.
+    """
+
+    percentile: Fraction = 0.0
+    truncate: Annotated[float, Field(ge=1)] = 1e4
     strength: Fraction = 0.5
     kinds: tuple[Literal["conv", "linear"], ...] = ("conv",)
 
@@ -64,7 +68,8 @@ class Reconstruction(Spec):
 
     `penalty` weighs the mean rounding penalty of a unit's weights against its loss, relative to the loss it starts from: the same
     number means the same pull for every unit, whatever the size of its output. A rate of 0 leaves that part as it is;
-    `bias_rate` corrects the biases, in what one code of a layer's input is worth in its output.
+    `bias_rate` corrects the biases, in what one code of a layer's input is worth in its output. `balance` "steps" divides the loss
+    by the one each step group starts from, "all" by their mean, under which the steps with the largest errors decide alone.
     """
 
     iterations: Positive = 1000
@@ -75,9 +80,20 @@ class Reconstruction(Spec):
     scale_rate: Annotated[float, Field(ge=0)] = 3e-3
     bias_rate: Annotated[float, Field(ge=0)] = 0.0
     power: Annotated[float, Field(gt=0)] = 2.0
+    balance: Literal["all", "steps"] = "steps"
     penalty: Annotated[float, Field(ge=0)] = 1.0
     warmup: Fraction = 0.2
     drop: Fraction = 0.5
+
+
+class NetworkFit(Reconstruction):
+    """The whole denoiser as one unit (ours): its step sizes and biases, the roundings staying as they are."""
+
+    iterations: Positive = 400
+    batch: Positive = 16
+    rounding_rate: Annotated[float, Field(ge=0)] = 0.0
+    bias_rate: Annotated[float, Field(ge=0)] = 1e-2
+    drop: Fraction = 0.0
 
 
 class Alignment(Spec):
@@ -107,7 +123,7 @@ class Recipe(Spec):
     daq: Daq | None = Daq()
     reconstruction: Reconstruction | None = Reconstruction()
     alignment: Alignment | None = Alignment()
-    network: Reconstruction | None = None
+    network: NetworkFit | None = NetworkFit()
     memory: Annotated[float, Field(gt=0, description="GiB the activation cache may hold before it spills to disk")] = (
         4.0
     )

@@ -105,8 +105,9 @@ def rows_of(call: Call, rows: Tensor) -> Call:
 
 
 def distance(output: Tensor, target: Tensor, power: float) -> Tensor:
-    """Per-sample p-norm of the error, to the power p: summed over channels, mean over samples and positions."""
-    return (output - target).abs().pow(power).sum(dim=1).mean()
+    """Each sample's p-norm of the error, to the power p: summed over channels, mean over positions; float [batch]."""
+    error = (output - target).abs().pow(power).sum(dim=1)
+    return error.reshape(len(error), -1).mean(dim=1)
 
 
 def quantized_outputs(unit: Unit, teaching: Teaching, clock: StepClock, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -117,11 +118,19 @@ def quantized_outputs(unit: Unit, teaching: Teaching, clock: StepClock, batch: i
             yield rows_of(teaching.inputs, rows)(unit.module), teaching.targets[rows]
 
 
-def mean_distance(unit: Unit, teaching: Teaching, clock: StepClock, spec: Reconstruction) -> float:
-    """What the unit's loss is before learning, over all inputs; never zero, so that it can be divided by."""
+def initial_distances(unit: Unit, teaching: Teaching, clock: StepClock, spec: Reconstruction) -> Tensor:
+    """What each input's loss is divided by: the mean before learning over all inputs (`balance` "all") or those of its step group.
+
+    Returns: float [inputs]; never zero.
+    """
     pairs = quantized_outputs(unit, teaching, clock, spec.batch)
-    total = sum(float(distance(output, target, spec.power)) * len(output) for output, target in pairs)
-    return max(total / len(teaching.timesteps), 1e-20)
+    found = torch.cat([distance(output, target, spec.power) for output, target in pairs])
+    if spec.balance == "all":
+        return found.mean().clamp(min=1e-20).expand(len(found))
+    clock.set(teaching.timesteps)
+    group = clock.group
+    totals = found.new_zeros(clock.count).index_add(0, group, found)
+    return (totals / torch.bincount(group, minlength=clock.count).clamp(min=1))[group].clamp(min=1e-20)
 
 
 def unit_loss(unit: Unit, teaching: Teaching, clock: StepClock, spec: Reconstruction) -> float:
@@ -150,7 +159,7 @@ def learn(
     rounding = rounding and spec.rounding_rate > 0
     weights = [layer.weight_quantizer for layer in layers if isinstance(layer, QuantizedWeight)] if rounding else []
     count = sum(weight.shape.numel() for weight in weights)
-    initial = mean_distance(unit, teaching, clock, spec)
+    initial = initial_distances(unit, teaching, clock, spec)
     # without this a warm-up would let the loss alone pull held roundings back to the float weight
     warmup = 0.0 if run.trust else spec.warmup
     groups = begin(layers, spec, run.trust, rounding=rounding, scales=scales)
@@ -168,11 +177,12 @@ def learn(
         inputs = rows_of(teaching.inputs, rows).zip(
             rows_of(teaching.float_inputs, rows), lambda q, f: mixed(q, f, spec.drop, generator)
         )
-        loss = distance(inputs(unit.module), teaching.targets[rows], spec.power)
+        error = distance(inputs(unit.module), teaching.targets[rows], spec.power)
+        loss = (error / initial[rows]).mean()
         beta = annealed(iteration, iterations, warmup)
         if weights and beta is not None:
             penalties = [weight.penalty(beta) for weight in weights]
-            loss = loss / initial + spec.penalty * torch.stack(penalties).sum() / count
+            loss = loss + spec.penalty * torch.stack(penalties).sum() / count
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -227,7 +237,7 @@ def annealed(iteration: int, total: int, warmup: float, start: float = 20.0, sto
 
 def unit_state(unit: Unit) -> dict[str, Tensor]:
     """Every quantizer buffer and correction of a unit, by its name inside the unit."""
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, layer in quantized_layers(unit.module):
         state |= {f"{name}|{key}": value.clone() for key, value in layer.state_dict().items() if "quantizer." in key}
         if isinstance(layer, QuantizedWeight) and layer.bias_correction is not None:
