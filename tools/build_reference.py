@@ -3,7 +3,7 @@
     python tools/build_reference.py --denoiser build/denoiser --classifier build/classifier \\
         --statistics build/statistics --num 2000
 
-The float samples that are measured are cached by batch, under the hash of the weights: interrupted, it goes on.
+The float samples that are measured are cached by batch, under the hash of weights and scheduler: interrupted, it goes on.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def float_samples(args: argparse.Namespace) -> tuple[Tensor, float]:
     pipeline = DDIMPipeline.from_pretrained(args.denoiser, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     weights = args.denoiser / "unet" / "diffusion_pytorch_model.safetensors"
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+    scheduler = args.denoiser / "scheduler" / "scheduler_config.json"
+    digest = hashlib.sha256(weights.read_bytes() + scheduler.read_bytes()).hexdigest()[:16]
     folder = args.cache / f"{digest}-steps{args.steps}-seed{args.seed}-batch{args.batch}"
     folder.mkdir(parents=True, exist_ok=True)
     parts, seconds = [], 0.0
