@@ -1,4 +1,4 @@
-"""Image quality of the bundled model after quantization: the recipes at four bit widths, and what each part of TCAQ-DM adds.
+"""Image quality of the bundled model after quantization: the recipes at four bit widths, and what each part adds.
 
     python benchmarks/quality.py --output build/quality             every cell, hours on two cores
     python benchmarks/quality.py --output build/quality --only tcaq-w4a4 minmax-w4a4
@@ -28,7 +28,8 @@ PARTS = {
     "no-tcr": ["--no-tcr"],
     "no-daq": ["--no-daq"],
     "no-par": ["--rounds", "0"],
-    "none": ["--no-tcr", "--no-daq", "--rounds", "0"],
+    "no-network": ["--no-network"],
+    "none": ["--no-tcr", "--no-daq", "--rounds", "0", "--no-network"],
 }
 ABLATED = ("w6a6", "w4a4")
 

@@ -137,6 +137,7 @@ def test_evaluate_writes_every_key_and_resumes(folders, tmp_path, monkeypatch):
         ),
         (["quantize", "reference", "--output", "o", "--weights", "9"], 2, "weights"),
         (["quantize", "reference", "--output", "o", "--step-groups", "many"], 2, "--step-groups 'many'"),
+        (["quantize", "reference", "--output", "o", "--preset", "fast", "--rounds", "2"], 2, "nothing to align"),
         (["quantize", "reference", "--output", "o", "--plan", "absent.json"], 2, "absent.json"),
         (["quantize", "no/such-model-anywhere", "--output", "o"], 1, "no/such-model-anywhere"),
         (["sample", "reference", "--output", "images.gif"], 2, "images.gif"),

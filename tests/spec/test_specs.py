@@ -13,7 +13,7 @@ from tcaq.errors import UsageError
 from tcaq.spec.base import Spec
 from tcaq.spec.grid import AdaptiveGrid, AffineGrid, Grid, Log2Grid, UnitGrid
 from tcaq.spec.plan import LayerGrids, Plan, ResolvedPlan, Rule
-from tcaq.spec.recipe import Alignment, Calibration, Daq, RangeSearch, Recipe, Reconstruction, Tcr
+from tcaq.spec.recipe import Alignment, Calibration, Daq, NetworkFit, RangeSearch, Recipe, Reconstruction, Tcr
 from tcaq.spec.steps import StepGroups
 
 BITS = st.integers(2, 8)
@@ -145,3 +145,18 @@ def test_json_that_is_no_object_is_refused(tmp_path: Path) -> None:
     path.write_text("[1, 2]")
     with pytest.raises(UsageError, match=r"recipe\.json: value: "):
         Recipe.read(path)
+
+
+def test_the_fit_of_the_whole_denoiser_decides_no_rounding() -> None:
+    fit = NetworkFit(iterations=7, batch=3, inputs=9, scale_rate=0.5, bias_rate=0.25, balance="all")
+    spec = fit.reconstruction()
+    assert (spec.rounding_rate, spec.drop) == (0.0, 0.0)
+    assert {name: getattr(spec, name) for name in fit.model_dump()} == fit.model_dump()
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(2, 1), (3, 1), (4, 2), (6, 8), (8, 32)])
+def test_octaves_say_how_dense_a_log2_grid_is(bits: int, expected: int) -> None:
+    assert Daq().per_octave(bits) == expected
+    assert Daq(octaves=None).per_octave(bits) == 1
+    name = f"daq{bits}" if expected == 1 else f"daq{bits}x{expected}"
+    assert str(AdaptiveGrid(bits=bits, per_octave=expected)) == name

@@ -28,6 +28,7 @@ GroupsOption = Annotated[
 ]
 NoTcrOption = Annotated[bool, typer.Option("--no-tcr", help="Leave out the timestep-channel reparameterization.")]
 NoDaqOption = Annotated[bool, typer.Option("--no-daq", help="Even grids for all attention probabilities.")]
+NoNetworkOption = Annotated[bool, typer.Option("--no-network", help="No last fit of the whole denoiser.")]
 RoundsOption = Annotated[int | None, typer.Option(help="Rounds of progressive alignment; 0: none.", show_default=False)]
 SeedOption = Annotated[int, typer.Option(help="Seed of calibration.")]
 MemoryOption = Annotated[
@@ -41,7 +42,8 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for a program
 
 def make_recipe(
     recipe: str, preset: str, *, weights: int | None, activations: int | None, steps: int | None, samples: int | None,
-    step_groups: str | None, no_tcr: bool, no_daq: bool, rounds: int | None, seed: int, memory: float | None,
+    step_groups: str | None, no_tcr: bool, no_daq: bool, no_network: bool, rounds: int | None, seed: int,
+    memory: float | None,
 ) -> Recipe:  # fmt: skip
     """The recipe that the options name: a program at a preset or a file, then every option that was given.
 
@@ -56,11 +58,18 @@ def make_recipe(
         changes["tcr"] = None
     if no_daq:
         changes["daq"] = None
+    if no_network:
+        changes["network"] = None
     if rounds is not None:
         changes["alignment"] = {"rounds": rounds} if rounds else None
-    if not recipe.endswith(".json"):
-        return preset_recipe(recipe, preset, **changes)
-    return Recipe.read(Path(recipe)).changed(changes)
+    named = not recipe.endswith(".json")
+    made = preset_recipe(recipe, preset, **changes) if named else Recipe.read(Path(recipe)).changed(changes)
+    if rounds and made.reconstruction is None:
+        what = f"recipe {recipe!r} at preset {preset!r}" if named else f"recipe {recipe!r}"
+        raise UsageError(
+            f"--rounds {rounds}: the {what} reconstructs nothing, so there is nothing to align; leave --rounds out"
+        )
+    return made
 
 
 def _groups(text: str | None) -> int | str | None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tcaq.numerics.affine import fake_quantize
 from tcaq.numerics.log2 import fake_quantize_log2
 from tcaq.quantizers.clock import StepClock
-from tcaq.spec.grid import Log2Grid, ProbabilityGrid, UnitGrid
+from tcaq.spec.grid import Log2Grid, ProbabilityGrid
 
 
 class ProbabilityQuantizer(nn.Module):
@@ -27,7 +27,6 @@ class ProbabilityQuantizer(nn.Module):
         self.grid = grid
         self._clock = (clock,)
         self.last = 2**grid.bits - 1
-        self.per_octave = 1 if isinstance(grid, UnitGrid) else grid.per_octave
         self.register_buffer("scale", torch.full((clock.count,), 1.0 / self.last))
         self.register_buffer("peak", torch.ones(clock.count))
         self.register_buffer("use_log2", torch.full((clock.count,), isinstance(grid, Log2Grid)))
@@ -43,7 +42,7 @@ class ProbabilityQuantizer(nn.Module):
         even = fake_quantize(p, scale, torch.zeros_like(scale), 0, self.last)
         if self.grid.code == "unit":
             return even.to(p.dtype)
-        log2 = fake_quantize_log2(p.float(), peak, self.grid.bits, self.per_octave)
+        log2 = fake_quantize_log2(p.float(), peak, self.grid.bits, self.grid.per_octave)
         return torch.where(self.clock.row(self.use_log2, p.dim()), log2, even).to(p.dtype)
 
     def set_rows(self, scale: Tensor, peak: Tensor, use_log2: Tensor) -> None:

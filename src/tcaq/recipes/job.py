@@ -31,10 +31,6 @@ Judge = Callable[[Tensor, Tensor], float]
 """Distance between two sets of images, uint8 [images, channels, height, width]: the float model's, and the quantized one's."""
 
 
-HELD = 0.8
-"""How firmly the whole denoiser's fit holds the roundings that its units chose, as `Alignment.trust`."""
-
-
 @dataclass(frozen=True)
 class Collected:
     """What sampling left: trajectories, and the images they end in."""
@@ -132,11 +128,11 @@ class Job:
 
     def tune(self, trajectories: Trajectories) -> None:
         """Fit the whole denoiser as one unit, from where the rounds left it."""
-        if (spec := self.recipe.network) is None:
-            return
-        whole = Unit("network", self.denoiser)
+        if self.recipe.network is None:
+            raise UsageError(f"the recipe {self.recipe.program!r} has no fit of the whole denoiser to run")
+        spec, whole = self.recipe.network.reconstruction(), Unit("network", self.denoiser)
         with Reconstructor(
-            self.denoiser, [whole], trajectories, spec, iterations=spec.iterations, trust=HELD,
+            self.denoiser, [whole], trajectories, spec, iterations=spec.iterations, trust=0.0,
             memory=self.recipe.memory, seed=self.recipe.seed,
         ) as reconstructor:  # fmt: skip
             self.run.series("network", [whole.name], reconstructor.fit, lambda _, record: apply_unit(whole, record))

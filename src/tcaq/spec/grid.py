@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -26,6 +26,11 @@ class AffineGrid(Spec):
 PerOctave = Annotated[int, Field(ge=1, le=64)]
 
 
+def _density(per_octave: int) -> str:
+    """How a grid's name tells that it has several values to each halving."""
+    return "" if per_octave == 1 else f"x{per_octave}"
+
+
 class Log2Grid(Spec):
     """Zero and a geometric series with `per_octave` values to each halving, for attention probabilities; 1: powers of two."""
 
@@ -34,7 +39,7 @@ class Log2Grid(Spec):
     per_octave: PerOctave = 1
 
     def __str__(self) -> str:
-        return f"log2-{self.bits}"
+        return f"log2-{self.bits}{_density(self.per_octave)}"
 
 
 class UnitGrid(Spec):
@@ -42,6 +47,8 @@ class UnitGrid(Spec):
 
     code: Literal["unit"] = "unit"
     bits: Bits
+    per_octave: ClassVar[int] = 1
+    """of the log2 grid that its error is compared with"""
 
     def __str__(self) -> str:
         return f"unit{self.bits}"
@@ -55,7 +62,7 @@ class AdaptiveGrid(Spec):
     per_octave: PerOctave = 1
 
     def __str__(self) -> str:
-        return f"daq{self.bits}"
+        return f"daq{self.bits}{_density(self.per_octave)}"
 
 
 ProbabilityGrid = Log2Grid | UnitGrid | AdaptiveGrid

@@ -86,14 +86,22 @@ class Reconstruction(Spec):
     drop: Fraction = 0.5
 
 
-class NetworkFit(Reconstruction):
-    """The whole denoiser as one unit (ours): its step sizes and biases, the roundings staying as they are."""
+class NetworkFit(Spec):
+    """The whole denoiser as one unit (ours): its step sizes and biases, the roundings staying as they are.
+
+    The fields mean what they mean in Reconstruction.
+    """
 
     iterations: Positive = 400
     batch: Positive = 16
-    rounding_rate: Annotated[float, Field(ge=0)] = 0.0
+    inputs: Positive = 1024
+    scale_rate: Annotated[float, Field(ge=0)] = 3e-3
     bias_rate: Annotated[float, Field(ge=0)] = 1e-2
-    drop: Fraction = 0.0
+    balance: Literal["all", "steps"] = "steps"
+
+    def reconstruction(self) -> Reconstruction:
+        """The same as options of a unit's fit that decides no rounding and mixes no float inputs in: there are none."""
+        return Reconstruction(**self.model_dump(), rounding_rate=0.0, drop=0.0)
 
 
 class Alignment(Spec):

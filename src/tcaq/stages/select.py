@@ -16,7 +16,7 @@ from tcaq.numerics.powerlaw import compare
 from tcaq.numerics.ranges import search_range
 from tcaq.quantizers.probability import ProbabilityQuantizer
 from tcaq.records import Record
-from tcaq.spec.grid import AdaptiveGrid, ProbabilityGrid, UnitGrid
+from tcaq.spec.grid import AdaptiveGrid, ProbabilityGrid
 from tcaq.spec.recipe import Daq, RangeSearch
 from tcaq.stages.operands import Reservoir, steps_by_group, visiting
 from tcaq.stages.scale import nearest_group
@@ -70,7 +70,7 @@ def choose(p: Tensor, grid: ProbabilityGrid, spec: Daq, search: RangeSearch) -> 
     )
     even = fake_quantize(p, scale, torch.zeros(1), 0, last)
     peak = p.max()
-    log2 = fake_quantize_log2(p, peak, grid.bits, 1 if isinstance(grid, UnitGrid) else grid.per_octave)
+    log2 = fake_quantize_log2(p, peak, grid.bits, grid.per_octave)
     energy = p.square().mean().clamp(min=1e-30)
     error_even, error_log2 = (float((p - hat).square().mean() / energy) for hat in (even, log2))
     prefers_log2 = fit.ratio > 0 if spec.criterion == "likelihood" else error_log2 < error_even
