@@ -11,6 +11,7 @@ from torch.nn.functional import conv2d, linear
 
 from tcaq.errors import CheckpointError
 from tcaq.layers.conv import QuantizedConv2d
+from tcaq.layers.hold import holding_weights
 from tcaq.layers.linear import QuantizedLinear
 from tcaq.layers.modes import Mode
 from tcaq.numerics.affine import qparams
@@ -164,3 +165,17 @@ def test_the_dtype_of_the_input_is_kept() -> None:
     actual = half(x.bfloat16())
     assert actual.dtype == torch.bfloat16
     torch.testing.assert_close(actual.float(), layer(x.bfloat16().float()), rtol=0.03, atol=0.03)
+
+
+def test_held_weights_change_no_bit_and_are_let_go() -> None:
+    layer = wrapped(nn.Conv2d(6, 4, 3))
+    layer.mode = Mode.FAKE
+    x = torch.randn(3, 6, 5, 5)
+    with torch.no_grad():
+        expected = layer(x)
+        with holding_weights(layer):
+            assert layer.held is not None
+            assert torch.equal(layer(x), expected)
+        assert layer.held is None
+        layer.weight_quantizer.scale.mul_(2)
+        assert not torch.equal(layer(x), expected)

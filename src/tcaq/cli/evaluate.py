@@ -29,7 +29,7 @@ def evaluate_command(
     real: Annotated[
         Path | None, typer.Option(help="Real images (folder) or statistics (.npz), if the extractor brings none.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 100,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
     work: Annotated[Path | None, typer.Option(help="Folder of finished batches. [default: DIR/evaluation]")] = None,
     as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result here.")] = None,
 ) -> None:

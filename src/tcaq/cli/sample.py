@@ -25,7 +25,7 @@ def sample_command(
     num: Annotated[int, typer.Option(min=1, help="How many images.")] = 64,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
     seed: Annotated[int, typer.Option(help="Image i is the same for every batch size.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
 ) -> None:
     """Sample images; equal seeds give float and quantized models equal noise, so their images can be compared."""
     if output.suffix and output.suffix != ".png":

@@ -27,7 +27,7 @@ class Protocol:
     num: int
     steps: int
     seed: int
-    batch: int = 100
+    batch: int = 32
     real: DataStatistics | None = None
 
 

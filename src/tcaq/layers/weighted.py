@@ -23,13 +23,15 @@ class QuantizedWeight(Moded, nn.Module):
     tensors between layers, only the scales. The original weight stays for float mode until `drop_float_weight`.
 
     Attributes: equalizer: r, float32 [in channels], 1 where TCR is off; bias_correction: None, or float32 [out channels],
-        learned in reconstruction and added to the bias in quantized mode only; `drop_float_weight` folds it into the bias.
+        learned in reconstruction and added to the bias in quantized mode only; `drop_float_weight` folds it into the bias;
+        held: None, or the quantized weight's values while `holding_weights` keeps them, float32 in the weight's shape.
     """
 
     CHANNEL_AXIS: int
     groups: int = 1
     equalizer: Tensor
     bias_correction: Tensor | None = None
+    held: Tensor | None = None
     input_quantizer: AffineQuantizer
     weight_quantizer: WeightQuantizer
 
@@ -81,6 +83,8 @@ class QuantizedWeight(Moded, nn.Module):
 
     def quantized_weight(self, dtype: torch.dtype) -> Tensor:
         """Q(W r) / r in the layer's own shape."""
+        if self.held is not None:
+            return self.held.to(dtype)
         learning = self.weight_quantizer.alpha is not None
         hat: Tensor = self.weight_quantizer(self.equalized_weight() if learning else None)
         return (hat / self._weight_gain(hat)).to(dtype)

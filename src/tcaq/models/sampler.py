@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from tcaq.errors import NumericalError
+from tcaq.layers.hold import holding_weights
 from tcaq.models.denoiser import bind, find_denoiser
 from tcaq.models.seeds import generators
 
@@ -49,7 +50,8 @@ def sample(pipe: DiffusionPipeline, seeds: Sequence[int], steps: int, **options:
     if "batch_size" in accepted:
         options["batch_size"] = len(seeds)
     pipe.set_progress_bar_config(disable=True)
-    result = pipe(generator=generators(seeds), num_inference_steps=steps, output_type="np", **options)
+    with holding_weights(find_denoiser(pipe)[1]):
+        result = pipe(generator=generators(seeds), num_inference_steps=steps, output_type="np", **options)
     images = torch.from_numpy(result.images).permute(0, 3, 1, 2)
     return images.mul(255).round().to(torch.uint8)
 

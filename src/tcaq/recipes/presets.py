@@ -25,9 +25,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "full": {
         "calibration": {"images": 96, "steps": 50, "batch": 32},
-        "reconstruction": {"iterations": 800, "inputs": 1600},
-        "alignment": {"rounds": 2, "iterations": 200},
-        "network": {"iterations": 400, "inputs": 1600},
+        "reconstruction": {"iterations": 200, "inputs": 800},
+        "alignment": {"rounds": 1, "iterations": 100},
+        "network": {"iterations": 500, "inputs": 1600},
     },
 }
 

