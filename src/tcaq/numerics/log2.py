@@ -25,7 +25,7 @@ def dequantize_log2(codes: Tensor, scale: Tensor, bits: int, per_octave: int = 1
     zero = 2**bits - 1
     # in place: attention maps are large, and a new tensor costs a CPU as much as the arithmetic
     values = torch.exp2(codes / -per_octave)
-    return torch.nn.functional.threshold_(values, 2.0 ** (-(zero - 0.5) / per_octave), 0.0).mul_(scale)
+    return torch.nn.functional.threshold(values, 2.0 ** (-(zero - 0.5) / per_octave), 0.0, inplace=True).mul_(scale)
 
 
 def fake_quantize_log2(p: Tensor, scale: Tensor, bits: int, per_octave: int = 1) -> Tensor:
