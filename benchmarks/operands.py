@@ -25,7 +25,7 @@ from tcaq.recipes.quantize import resolved_plan
 from tcaq.reference import load_pipeline
 from tcaq.spec.recipe import Recipe
 from tcaq.spec.steps import StepGroups
-from tcaq.stages.operands import Reservoir, as_rows, visiting
+from tcaq.stages.operands import draw_rows, visiting
 
 BITS, LAST, STEPS, IMAGES = 4, 15, 10, 4
 
@@ -79,15 +79,17 @@ def input_row(rows: Tensor) -> dict[str, float]:
 def operands(denoiser: nn.Module, trajectories: Trajectories, step: int) -> dict[tuple[str, str], Tensor]:
     """A sample of every 4-bit operand at one step, float [n, channels]."""
     layers = dict(quantized_layers(denoiser))
-    reservoir = Reservoir(8192, 1, step)
+    generator = torch.Generator().manual_seed(step)
+    found: dict[tuple[str, str], Tensor] = {}
 
     def visit(name: str, operand: str, value: Tensor) -> None:
         if layers[name].operands[operand].grid.bits == BITS:
-            reservoir.add(name, operand, as_rows(value, channel_axis(layers[name])))
+            places = value.movedim(channel_axis(layers[name]), -1)
+            found[name, operand] = draw_rows(places, max(1, 8192 // places.shape[-1]), generator)
 
     with visiting(denoiser, visit):
         denoiser(trajectories.samples[step], trajectories.timesteps[step])
-    return reservoir.drain()
+    return found
 
 
 def show(title: str, tensors: list[Tensor], row: Callable[[Tensor], dict[str, float]]) -> None:

@@ -62,7 +62,7 @@ def write_run(folder: Path, *, whole: bool, seed: int = 5) -> None:
     identity = {
         "recipe": recipe, "plan": plan().model_dump(mode="json"), "weights": "c0ffee", "versions": {"torch": "2.99.0"}
     }  # fmt: skip
-    observed = {f"{CONV}|low": torch.tensor(LOW), f"{CONV}|high": torch.tensor(HIGH)}
+    observed = {f"{CONV}|input|low": torch.tensor(LOW), f"{CONV}|input|high": torch.tensor(HIGH)}
     with Run.open(folder / "run", identity) as run:
         run.step("observe", lambda: Record(observed | {"timesteps": torch.tensor(TIMESTEPS)}), lambda r: r)
         if whole:

@@ -45,14 +45,14 @@ def build(pipe: DDIMPipeline, grouping: int | str = "per-step", bits: int = 4) -
     x, t = trajectories.samples[0, :1], trajectories.timesteps[:1]
     with torch.no_grad():
         units = execution_order(unet, lambda: unet(x, t))
-    return Scene(pipe, unet, trajectories, groups, units, observe(unet, trajectories))
+    return Scene(pipe, unet, trajectories, groups, units, observe(unet, trajectories, SEARCH.values, 0))
 
 
 def initialise(scene: Scene) -> None:
     apply_vectors(scene.unet, equalize(scene.unet, scene.ranges, Tcr()))
     apply_weight_scales(scene.unet, scale_weights(scene.unet, scene.ranges, SEARCH))
-    apply_input_scales(scene.unet, scale_inputs(scene.unet, scene.trajectories, SEARCH, 0))
-    apply_choices(scene.unet, select(scene.unet, scene.trajectories, Daq(), SEARCH, 0))
+    apply_input_scales(scene.unet, scale_inputs(scene.unet, scene.ranges, SEARCH))
+    apply_choices(scene.unet, select(scene.unet, scene.ranges, Daq(), SEARCH))
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ import torch
 from tcaq.errors import NumericalError
 from tcaq.layers.insert import quantized_layers
 from tcaq.layers.modes import floating, observing
-from tcaq.layers.weighted import QuantizedWeight
 from tcaq.numerics.equalize import tcr_vector
 from tcaq.numerics.ranges import search_range
 from tcaq.spec.recipe import Daq, RangeSearch, Tcr
 from tcaq.stages.equalize import equalize
 from tcaq.stages.observe import observe
-from tcaq.stages.scale import apply_input_scales, apply_weight_scales, nearest_group, scale_inputs, scale_weights
+from tcaq.stages.operands import even_positions, nearest_group
+from tcaq.stages.scale import apply_input_scales, apply_weight_scales, scale_inputs, scale_weights
 from tcaq.stages.select import select
 
 from .conftest import SEARCH, build
@@ -40,11 +40,23 @@ def test_observed_ranges_are_those_of_the_inputs(scene):
     caught = inputs_of(scene, LAYER)
     for k, x in enumerate(caught):
         channels = x.movedim(1, 0).flatten(1)
-        assert torch.equal(scene.ranges.tensors[f"{LAYER}|low"][k], channels.amin(1))
-        assert torch.equal(scene.ranges.tensors[f"{LAYER}|high"][k], channels.amax(1))
-        torch.testing.assert_close(scene.ranges.tensors[f"{LAYER}|square"][k], channels.square().mean(1))
-    names = {n for n, layer in quantized_layers(scene.unet) if isinstance(layer, QuantizedWeight)}
-    assert {key.split("|")[0] for key in scene.ranges.tensors} - {"timesteps"} == names
+        assert torch.equal(scene.ranges.tensors[f"{LAYER}|input|low"][k], channels.amin(1))
+        assert torch.equal(scene.ranges.tensors[f"{LAYER}|input|high"][k], channels.amax(1))
+        torch.testing.assert_close(scene.ranges.tensors[f"{LAYER}|input|square"][k], channels.square().mean(1))
+        sampled, places = scene.ranges.tensors[f"{LAYER}|input|rows"][k], x.movedim(1, -1).reshape(-1, x.shape[1])
+        assert len(sampled) == SEARCH.values // x.shape[1]
+        assert (sampled[:, None] == places[None]).all(-1).any(1).all()  # each is a place of the input, all its channels
+        assert len(sampled.unique(dim=0)) > len(sampled) // 4
+    operands = {f"{n}|{operand}" for n, layer in quantized_layers(scene.unet) for operand in layer.operands}
+    assert {key.rpartition("|")[0] for key in scene.ranges.tensors} - {""} == operands
+
+
+def test_observing_in_chunks_finds_the_same_ranges(scene, monkeypatch):
+    monkeypatch.setattr("tcaq.stages.observe.CHUNK", 3)  # of 4 images
+    parts = observe(scene.unet, scene.trajectories, SEARCH.values, 0)
+    for name, value in scene.ranges.tensors.items():
+        if not name.endswith("|rows"):
+            torch.testing.assert_close(parts.tensors[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_observing_names_layer_and_step_of_a_nan(scene):
@@ -52,13 +64,13 @@ def test_observing_names_layer_and_step_of_a_nan(scene):
     with torch.no_grad():
         weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(NumericalError, match=r"mid_block.resnets.0.conv2.*t = 750"):
-        observe(scene.unet, scene.trajectories)
+        observe(scene.unet, scene.trajectories, 100, 0)
 
 
 def test_vectors_come_from_the_observed_maxima(scene):
     spec = Tcr(percentile=0.1, truncate=3.0, strength=0.7)
     vectors = equalize(scene.unet, scene.ranges, spec).tensors
-    low, high = scene.ranges.tensors[f"{LAYER}|low"], scene.ranges.tensors[f"{LAYER}|high"]
+    low, high = scene.ranges.tensors[f"{LAYER}|input|low"], scene.ranges.tensors[f"{LAYER}|input|high"]
     maxima = torch.maximum(low.abs(), high.abs())
     expected = tcr_vector(maxima, percentile=0.1, truncate=3.0, strength=0.7)
     assert torch.equal(vectors[LAYER], expected)
@@ -70,7 +82,7 @@ def test_vectors_come_from_the_observed_maxima(scene):
 def test_min_max_scales_cover_exactly_the_observed_range(scene):
     plain = RangeSearch(values=64, weight_candidates=1, input_candidates=1)
     apply_weight_scales(scene.unet, scale_weights(scene.unet, scene.ranges, plain))
-    record = scale_inputs(scene.unet, scene.trajectories, plain, 0)
+    record = scale_inputs(scene.unet, scene.ranges, plain)
     apply_input_scales(scene.unet, record)
     for step, x in enumerate(inputs_of(scene, LAYER)):
         group = len(scene.trajectories.timesteps) - 1 - step  # groups ascend in t, trajectories descend
@@ -89,7 +101,7 @@ def test_min_max_scales_cover_exactly_the_observed_range(scene):
 def test_range_search_of_weights_weighs_by_the_energy_of_the_input(scene):
     record = scale_weights(scene.unet, scene.ranges, SEARCH)
     layer = scene.unet.get_submodule(LAYER)
-    energy = scene.ranges.tensors[f"{LAYER}|square"].mean(0)
+    energy = scene.ranges.tensors[f"{LAYER}|input|square"].mean(0)
     weights = energy.reshape(1, -1, 1, 1).expand_as(layer.weight).flatten(1)[:1]
     scale, _ = search_range(
         layer.weight.detach().flatten(1), 4, signed=False, symmetric=False, power=2.4, candidates=10, weights=weights
@@ -100,11 +112,15 @@ def test_range_search_of_weights_weighs_by_the_energy_of_the_input(scene):
 def test_groups_of_several_steps_cover_all_of_them(tiny_pipeline):
     scene = build(tiny_pipeline(), grouping=2)
     plain = RangeSearch(values=64, weight_candidates=1, input_candidates=1)
-    record = scale_inputs(scene.unet, scene.trajectories, plain, 0)
+    record = scale_inputs(scene.unet, scene.ranges, plain)
     caught = inputs_of(scene, LAYER)
     for group, steps in ((1, caught[:2]), (0, caught[2:])):
         spread = max(0.0, *(float(x.max()) for x in steps)) - min(0.0, *(float(x.min()) for x in steps))
         assert float(record.tensors[f"{LAYER}|input|scale"][group]) == pytest.approx(spread / 15, rel=1e-6)
+
+
+def test_shorter_groups_begin_again():
+    assert even_positions({0: [3, 4, 5], 2: [1, 2]}).tolist() == [[3, 4, 5], [1, 2, 1]]
 
 
 def test_nearest_group_fills_gaps():
@@ -112,7 +128,7 @@ def test_nearest_group_fills_gaps():
 
 
 def test_selection_follows_the_sign_of_r_and_states_true_errors(scene):
-    record = select(scene.unet, scene.trajectories, Daq(criterion="likelihood"), SEARCH, 0)
+    record = select(scene.unet, scene.ranges, Daq(criterion="likelihood"), SEARCH)
     assert set(record.meta["choices"]) == {n for n, _ in quantized_layers(scene.unet) if n.endswith(".mix")}
     for name, rows in record.meta["choices"].items():
         assert [row["group"] for row in rows] == list(range(scene.groups.count))
@@ -122,12 +138,12 @@ def test_selection_follows_the_sign_of_r_and_states_true_errors(scene):
             assert 0 <= row["error_even"] < math.inf
             assert 0 <= row["error_log2"] < math.inf
     name = "mid_block.attentions.0.mix"
-    p = inputs_of(scene, name)[-1].flatten()  # 4 images, 1 head or more, 16 tokens: all of it fits the reservoir
+    p = inputs_of(scene, name)[-1].flatten()  # 4 images, 1 head or more, 16 tokens: most of it is drawn
     assert float(record.tensors[f"{name}|peak"][0]) <= float(p.max()) + 1e-7
 
 
 def test_selection_by_error_takes_the_smaller_one(scene):
-    record = select(scene.unet, scene.trajectories, Daq(criterion="error"), SEARCH, 0)
+    record = select(scene.unet, scene.ranges, Daq(criterion="error"), SEARCH)
     rows = [row for of_layer in record.meta["choices"].values() for row in of_layer]
     assert all(row["use_log2"] == (row["error_log2"] < row["error_even"]) for row in rows)
 

@@ -80,8 +80,11 @@ class Job:
             self.units = execution_order(denoiser, lambda: denoiser(*first))
 
     def observe(self, trajectories: Trajectories) -> Record:
-        """Ranges of every layer input at every step."""
-        return self.run.step("observe", lambda: observe(self.denoiser, trajectories), lambda record: record)
+        """Ranges and a sample of every operand at every step."""
+        values, seed = self.recipe.ranges.values, self.recipe.seed
+        return self.run.step(
+            "observe", lambda: observe(self.denoiser, trajectories, values, seed), lambda record: record
+        )
 
     def equalize(self, ranges: Record) -> None:
         """TCR, if the recipe has it."""
@@ -90,24 +93,22 @@ class Job:
                 "equalize", lambda: equalize(self.denoiser, ranges, spec), lambda r: apply_vectors(self.denoiser, r)
             )
 
-    def scale(self, ranges: Record, trajectories: Trajectories) -> None:
+    def scale(self, ranges: Record) -> None:
         """First scales of weights and inputs; weights rounded to the nearest code."""
-        denoiser, spec, seed = self.denoiser, self.recipe.ranges, self.recipe.seed
+        denoiser, spec = self.denoiser, self.recipe.ranges
         self.run.step(
             "scale/weights", lambda: scale_weights(denoiser, ranges, spec), lambda r: apply_weight_scales(denoiser, r)
         )
         self.run.step(
-            "scale/inputs",
-            lambda: scale_inputs(denoiser, trajectories, spec, seed),
-            lambda r: apply_input_scales(denoiser, r),
+            "scale/inputs", lambda: scale_inputs(denoiser, ranges, spec), lambda r: apply_input_scales(denoiser, r)
         )
 
-    def select(self, trajectories: Trajectories) -> None:
+    def select(self, ranges: Record) -> None:
         """Grids and scales of attention probabilities: DAQ where the plan lets it choose."""
         denoiser, recipe = self.denoiser, self.recipe
         self.run.step(
             "select",
-            lambda: select(denoiser, trajectories, recipe.daq or Daq(), recipe.ranges, recipe.seed),
+            lambda: select(denoiser, ranges, recipe.daq or Daq(), recipe.ranges),
             lambda record: apply_choices(denoiser, record),
         )
 

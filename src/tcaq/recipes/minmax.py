@@ -10,5 +10,5 @@ def minmax(job: Job) -> None:
     data = job.collect(0)
     job.insert(data.trajectories)
     ranges = job.observe(data.trajectories)
-    job.scale(ranges, data.trajectories)
-    job.select(data.trajectories)
+    job.scale(ranges)
+    job.select(ranges)

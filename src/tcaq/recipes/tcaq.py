@@ -12,8 +12,8 @@ def tcaq(job: Job) -> None:
     job.insert(data.trajectories)
     ranges = job.observe(data.trajectories)
     job.equalize(ranges)
-    job.scale(ranges, data.trajectories)
-    job.select(data.trajectories)
+    job.scale(ranges)
+    job.select(ranges)
     last = None if job.recipe.reconstruction is None else align(job, job.recipe.reconstruction, data)
     if job.recipe.network is not None:
         own = last or job.collect(rounds_of(job) + 1)

@@ -1,4 +1,4 @@
-"""Observe: the range of every input channel of every layer at every step, in the float model."""
+"""Observe: what every operand of every layer holds at every step of the float model, in one pass over the trajectories."""
 
 from __future__ import annotations
 
@@ -8,41 +8,82 @@ from torch import Tensor, nn
 from tcaq.errors import NumericalError
 from tcaq.layers.insert import channel_axis, quantized_layers
 from tcaq.layers.weighted import QuantizedWeight
+from tcaq.models.denoiser import clock_of
 from tcaq.models.sampler import Trajectories
 from tcaq.records import Record
-from tcaq.stages.operands import as_rows, visiting
+from tcaq.stages.operands import draw_rows, steps_by_group, visiting
+
+CHUNK = 32
+"""Images at a time: enough to keep the processor busy, few enough that activations stay small."""
 
 
-def observe(denoiser: nn.Module, trajectories: Trajectories) -> Record:
-    """Record for each layer input `low`, `high` and `square` (mean square), float32 [steps, channels], named `layer|statistic`.
+def observe(denoiser: nn.Module, trajectories: Trajectories, values: int, seed: int) -> Record:
+    """Record per operand, named `layer|operand|statistic`, float32:
 
-    Products are left out: their operands have no channels that a TCR vector could scale.
-    Raises: NumericalError naming the layer and the step, if an input is not finite.
+    `low`, `high` [steps, channels]: extremes; `square` [steps, channels]: mean square, of inputs only; `rows`
+    [steps, n, channels]: a random sample. The operands of a product have one channel: nothing could scale theirs apart.
+
+    Args: values: about how many numbers of each operand are sampled for each step group; seed: of the sample.
+    Raises: NumericalError naming the layer and the step, if an operand is not finite.
     """
-    axes = {n: channel_axis(m) for n, m in quantized_layers(denoiser) if isinstance(m, QuantizedWeight)}
-    rows: dict[str, list[Tensor]] = {}
-    timestep = trajectories.timesteps[0]
+    axes = {n: channel_axis(m) if isinstance(m, QuantizedWeight) else None for n, m in quantized_layers(denoiser)}
+    longest = max(map(len, steps_by_group(clock_of(denoiser).boundaries, trajectories.timesteps).values()))
+    found = Observations(trajectories, max(1, values // longest), seed)
 
     def visit(name: str, operand: str, value: Tensor) -> None:
-        if not bool(torch.isfinite(value).all()):
-            raise NumericalError(f"{operand} of layer {name!r} holds NaN or infinity at t = {float(timestep):g}")
-        if name in axes:
-            flat = as_rows(value, axes[name]).float()
-            low, high = torch.aminmax(flat, dim=0)
-            for statistic, values in (("low", low), ("high", high), ("square", flat.square().mean(dim=0))):
-                rows.setdefault(f"{name}|{statistic}", []).append(values)
+        found.add(name, operand, value, axes[name])
 
     with visiting(denoiser, visit):
-        for x, timestep in zip(trajectories.samples, trajectories.timesteps, strict=True):
-            denoiser(x, timestep)
-    return Record({"timesteps": trajectories.timesteps} | {name: torch.stack(values) for name, values in rows.items()})
+        for found.step, (x, timestep) in enumerate(zip(trajectories.samples, trajectories.timesteps, strict=True)):
+            for found.chunk, part in enumerate(x.split(CHUNK)):
+                denoiser(part, timestep)
+    return Record({"timesteps": trajectories.timesteps} | found.tables)
+
+
+class Observations:
+    """Tables that fill step by step and chunk by chunk.
+
+    They are made at the first step: small results kept between large temporary tensors would scatter the heap.
+    """
+
+    def __init__(self, trajectories: Trajectories, values: int, seed: int) -> None:
+        """Args: values: numbers of each operand to sample at each step."""
+        self.timesteps, self.images, self.values = trajectories.timesteps, trajectories.samples.shape[1], values
+        self.chunks = -(-self.images // CHUNK)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.tables: dict[str, Tensor] = {}
+        self.step = self.chunk = 0
+
+    def add(self, name: str, operand: str, value: Tensor, axis: int | None) -> None:
+        """Take an operand of one chunk of images in; `axis`: of its channels, None if it has none of its own."""
+        key = f"{name}|{operand}"
+        value = value.reshape(-1, 1) if axis is None else value.movedim(axis, -1)
+        channels, others = value.shape[-1], tuple(range(value.dim() - 1))
+        low, high = value.amin(others).float(), value.amax(others).float()
+        if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
+            t = float(self.timesteps[self.step])
+            raise NumericalError(f"{operand} of layer {name!r} holds NaN or infinity at t = {t:g}")
+        self._table(f"{key}|low", (channels,), float("inf")).clamp_(max=low)
+        self._table(f"{key}|high", (channels,), -float("inf")).clamp_(min=high)
+        if axis is not None:
+            share = len(value) / self.images
+            self._table(f"{key}|square", (channels,), 0.0).add_(value.float().square().mean(others), alpha=share)
+        count = max(1, self.values // (channels * self.chunks))
+        rows = self._table(f"{key}|rows", (self.chunks * count, channels), 0.0)
+        rows[self.chunk * count :][:count] = draw_rows(value, count, self.generator)
+
+    def _table(self, name: str, shape: tuple[int, ...], start: float) -> Tensor:
+        """This step's part of a table."""
+        if name not in self.tables:
+            self.tables[name] = torch.full((len(self.timesteps), *shape), start)
+        return self.tables[name][self.step]
 
 
 def channel_maxima(ranges: Record, layer: str) -> Tensor:
     """m_t[c] = max |x_t[c]| of a layer's input, float32 [steps, channels]."""
-    return torch.maximum(ranges.tensors[f"{layer}|low"].abs(), ranges.tensors[f"{layer}|high"].abs())
+    return torch.maximum(ranges.tensors[f"{layer}|input|low"].abs(), ranges.tensors[f"{layer}|input|high"].abs())
 
 
 def mean_squares(ranges: Record, layer: str) -> Tensor:
     """Mean square of each input channel of a layer over all steps, float32 [channels]."""
-    return ranges.tensors[f"{layer}|square"].mean(dim=0)
+    return ranges.tensors[f"{layer}|input|square"].mean(dim=0)

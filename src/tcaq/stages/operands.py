@@ -1,4 +1,4 @@
-"""Show every quantized operand of a float model to a visitor, step group by step group."""
+"""Show every quantized operand of a float model to a visitor, and sort steps into groups."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from tcaq.layers.insert import quantized_layers
 from tcaq.layers.modes import observing
-from tcaq.models.sampler import Trajectories
 
 Visitor = Callable[[str, str, Tensor], None]
 """Called with a layer's name, an operand's name (input; left, right) and the operand's value."""
@@ -39,36 +38,28 @@ def visiting(denoiser: nn.Module, visit: Visitor) -> Iterator[None]:
             handle.remove()
 
 
-def steps_by_group(boundaries: Tensor, trajectories: Trajectories) -> dict[int, list[int]]:
-    """The positions along the trajectory that fall into each step group; groups no step falls into are absent."""
-    groups = torch.searchsorted(boundaries, trajectories.timesteps.to(boundaries.dtype), right=True)
+def steps_by_group(boundaries: Tensor, timesteps: Tensor) -> dict[int, list[int]]:
+    """The positions along a trajectory that fall into each step group; groups no step falls into are absent."""
+    groups = torch.searchsorted(boundaries, timesteps.to(boundaries.dtype), right=True)
     table: dict[int, list[int]] = {}
     for step, group in enumerate(groups.tolist()):
         table.setdefault(group, []).append(step)
     return dict(sorted(table.items()))
 
 
-class Reservoir:
-    """A bounded random sample of the rows an operand takes; the same seed and operand draw the same rows."""
-
-    def __init__(self, values: int, parts: int, seed: int) -> None:
-        """Keep about `values` numbers of each operand, evenly from `parts` visits."""
-        self.values, self.parts = values, max(1, parts)
-        self.rows: dict[tuple[str, str], list[Tensor]] = {}
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def add(self, name: str, operand: str, rows: Tensor) -> None:
-        """Draw from `rows`, float [n, channels]; all channels of a row stay together."""
-        wanted = max(1, self.values // (rows.shape[1] * self.parts))
-        if len(rows) > wanted:
-            rows = rows[torch.randint(len(rows), (wanted,), generator=self.generator)]
-        self.rows.setdefault((name, operand), []).append(rows.float().clone())
-
-    def drain(self) -> dict[tuple[str, str], Tensor]:
-        """What was kept, float32 [n, channels] per layer and operand."""
-        return {key: torch.cat(parts) for key, parts in self.rows.items()}
+def even_positions(steps: dict[int, list[int]]) -> Tensor:
+    """`steps_by_group` as a table, int64 [groups present, longest]: a shorter group begins again with its first step."""
+    longest = max(map(len, steps.values()))
+    return torch.tensor([[group[i % len(group)] for i in range(longest)] for group in steps.values()])
 
 
-def as_rows(value: Tensor, axis: int) -> Tensor:
-    """An operand as [everything else, channels]."""
-    return value.movedim(axis, -1).reshape(-1, value.shape[axis])
+def nearest_group(seen: list[int], count: int) -> Tensor:
+    """For each of `count` groups the position in `seen` of the nearest group that was seen."""
+    distance = (torch.arange(count)[:, None] - torch.tensor(seen)[None]).abs()
+    return distance.argmin(dim=1)
+
+
+def draw_rows(value: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` random places of an operand [..., channels], with repeats, all channels of a place: float32 [count, channels]."""
+    where = [torch.randint(size, (count,), generator=generator) for size in value.shape[:-1]]
+    return value[tuple(where)].float()

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from tcaq.layers.insert import channel_axis, quantized_layers
+from tcaq.layers.insert import quantized_layers
 from tcaq.layers.weighted import QuantizedWeight
 from tcaq.models.denoiser import clock_of
-from tcaq.models.sampler import Trajectories
 from tcaq.numerics.ranges import search_range
 from tcaq.quantizers.affine import AffineQuantizer
 from tcaq.records import Record
 from tcaq.spec.recipe import RangeSearch
 from tcaq.stages.observe import mean_squares
-from tcaq.stages.operands import Reservoir, Visitor, as_rows, steps_by_group, visiting
+from tcaq.stages.operands import even_positions, nearest_group, steps_by_group
 
 
 def scale_weights(denoiser: nn.Module, ranges: Record, spec: RangeSearch) -> Record:
@@ -48,71 +47,40 @@ def apply_weight_scales(denoiser: nn.Module, record: Record) -> None:
             layer.weight_quantizer.set_rows(scale, zero_point, layer.equalized_weight().detach())
 
 
-def affine_operands(denoiser: nn.Module) -> Iterator[tuple[str, str, AffineQuantizer, Tensor | None, int]]:
-    """Layer name, operand name, quantizer, TCR vector (None for products) and channel axis of every affine operand."""
+def affine_operands(denoiser: nn.Module) -> Iterator[tuple[str, AffineQuantizer, Tensor | None]]:
+    """`layer|operand`, quantizer and TCR vector (None for products) of every affine operand."""
     for name, layer in quantized_layers(denoiser):
         for operand, quantizer in layer.operands.items():
             if isinstance(quantizer, AffineQuantizer):
-                vector = layer.equalizer if isinstance(layer, QuantizedWeight) else None
-                yield name, operand, quantizer, vector, channel_axis(layer)
+                yield f"{name}|{operand}", quantizer, layer.equalizer if isinstance(layer, QuantizedWeight) else None
 
 
-def scale_inputs(denoiser: nn.Module, trajectories: Trajectories, spec: RangeSearch, seed: int) -> Record:
+def scale_inputs(denoiser: nn.Module, ranges: Record, spec: RangeSearch) -> Record:
     """Record `layer|operand|scale` and `|zero_point`, [groups]; a group that no calibration step fell into has its neighbour's."""
-    targets = {(n, o): (q, r, axis) for n, o, q, r, axis in affine_operands(denoiser)}
-    steps = steps_by_group(clock_of(denoiser).boundaries, trajectories)
-    found: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {key: [] for key in targets}
-    for group, positions in steps.items():
-        reservoir = Reservoir(spec.values, len(positions), seed + group)
-        limits: dict[tuple[str, str], list[Tensor]] = {}
-        visit = _watch(targets, reservoir, limits)
-        with visiting(denoiser, visit):
-            for position in positions:
-                denoiser(trajectories.samples[position], trajectories.timesteps[position])
-        for key, rows in reservoir.drain().items():
-            grid = targets[key][0].grid
-            # the sample may miss the extremes; the search must start from the true range
-            values = torch.cat([rows.flatten(), *limits[key]])[None]
-            found[key].append(
-                search_range(
-                    values, grid.bits, signed=grid.signed, symmetric=grid.symmetric, power=spec.power,
-                    candidates=spec.input_candidates,
-                )
-            )  # fmt: skip
-    nearest = nearest_group(list(steps), clock_of(denoiser).count)
+    clock = clock_of(denoiser)
+    steps = steps_by_group(clock.boundaries, ranges.tensors["timesteps"])
+    positions, nearest = even_positions(steps), nearest_group(list(steps), clock.count)
     tensors: dict[str, Tensor] = {}
-    for (name, operand), rows_of in found.items():
-        scale, zero_point = (torch.cat(column) for column in zip(*rows_of, strict=True))
-        tensors[f"{name}|{operand}|scale"] = scale[nearest]
-        tensors[f"{name}|{operand}|zero_point"] = zero_point[nearest]
+    for key, quantizer, vector in affine_operands(denoiser):
+        grid = quantizer.grid
+        scale, zero_point = search_range(
+            grouped_values(ranges, key, positions, vector), grid.bits, signed=grid.signed, symmetric=grid.symmetric,
+            power=spec.power, candidates=spec.input_candidates,
+        )  # fmt: skip
+        tensors |= {f"{key}|scale": scale[nearest], f"{key}|zero_point": zero_point[nearest]}
     return Record(tensors)
 
 
-def _watch(
-    targets: Mapping[tuple[str, str], tuple[AffineQuantizer, Tensor | None, int]],
-    reservoir: Reservoir,
-    limits: dict[tuple[str, str], list[Tensor]],
-) -> Visitor:
-    """A visitor that keeps a sample of each operand, divided by its TCR vector, and its extremes."""
-
-    def visit(name: str, operand: str, value: Tensor) -> None:
-        if (target := targets.get((name, operand))) is not None:
-            _, vector, axis = target
-            rows = as_rows(value, axis) if vector is None else as_rows(value, axis) / vector
-            reservoir.add(name, operand, rows)
-            limits.setdefault((name, operand), []).append(torch.stack(torch.aminmax(rows)).float())
-
-    return visit
+def grouped_values(ranges: Record, key: str, positions: Tensor, vector: Tensor | None) -> Tensor:
+    """What a grid must hold in each group, float [groups, n]: the sample of an operand divided by its TCR vector, and its extremes,
+    which the sample may miss."""
+    found = [ranges.tensors[f"{key}|{statistic}"] for statistic in ("rows", "low", "high")]
+    rows, low, high = (part[positions] if vector is None else part[positions] / vector for part in found)
+    ends = low.flatten(1).amin(1, keepdim=True), high.flatten(1).amax(1, keepdim=True)
+    return torch.cat([rows.flatten(1), *ends], dim=1)
 
 
 def apply_input_scales(denoiser: nn.Module, record: Record) -> None:
     """Write the tables of every affine operand."""
-    for name, operand, quantizer, _, _ in affine_operands(denoiser):
-        key = f"{name}|{operand}"
+    for key, quantizer, _ in affine_operands(denoiser):
         quantizer.set_rows(record.tensors[f"{key}|scale"], record.tensors[f"{key}|zero_point"])
-
-
-def nearest_group(seen: list[int], count: int) -> Tensor:
-    """For each of `count` groups the position in `seen` of the nearest group that was seen."""
-    distance = (torch.arange(count)[:, None] - torch.tensor(seen)[None]).abs()
-    return distance.argmin(dim=1)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from tcaq.layers.insert import quantized_layers
 from tcaq.models.denoiser import clock_of
-from tcaq.models.sampler import Trajectories
 from tcaq.numerics.affine import fake_quantize
 from tcaq.numerics.log2 import fake_quantize_log2
 from tcaq.numerics.powerlaw import compare
@@ -18,8 +17,7 @@ from tcaq.quantizers.probability import ProbabilityQuantizer
 from tcaq.records import Record
 from tcaq.spec.grid import AdaptiveGrid, ProbabilityGrid
 from tcaq.spec.recipe import Daq, RangeSearch
-from tcaq.stages.operands import Reservoir, steps_by_group, visiting
-from tcaq.stages.scale import nearest_group
+from tcaq.stages.operands import even_positions, nearest_group, steps_by_group
 
 
 def probability_quantizers(denoiser: nn.Module) -> dict[str, ProbabilityQuantizer]:
@@ -29,24 +27,16 @@ def probability_quantizers(denoiser: nn.Module) -> dict[str, ProbabilityQuantize
     return {name: quantizer for name, quantizer in found.items() if isinstance(quantizer, ProbabilityQuantizer)}
 
 
-def select(denoiser: nn.Module, trajectories: Trajectories, spec: Daq, search: RangeSearch, seed: int) -> Record:
+def select(denoiser: nn.Module, ranges: Record, spec: Daq, search: RangeSearch) -> Record:
     """Record per layer `scale`, `peak` and `use_log2`, [groups], and in the meta each group's fit and both errors."""
-    quantizers = probability_quantizers(denoiser)
     clock = clock_of(denoiser)
-    steps = steps_by_group(clock.boundaries, trajectories)
-    choices: dict[str, list[dict[str, Any]]] = {name: [] for name in quantizers}
-    for group, positions in steps.items():
-        reservoir = Reservoir(search.values, len(positions), seed + group)
-
-        def visit(name: str, operand: str, value: Tensor, reservoir: Reservoir = reservoir) -> None:
-            if name in quantizers and operand == "left":
-                reservoir.add(name, operand, value.reshape(-1, 1))
-
-        with visiting(denoiser, visit):
-            for position in positions:
-                denoiser(trajectories.samples[position], trajectories.timesteps[position])
-        for (name, _), rows in reservoir.drain().items():
-            choices[name].append({"group": group} | choose(rows.flatten(), quantizers[name].grid, spec, search))
+    steps = steps_by_group(clock.boundaries, ranges.tensors["timesteps"])
+    positions = even_positions(steps)
+    choices: dict[str, list[dict[str, Any]]] = {}
+    for name, quantizer in probability_quantizers(denoiser).items():
+        samples = ranges.tensors[f"{name}|left|rows"][positions].flatten(1)
+        pairs = zip(steps, samples, strict=True)
+        choices[name] = [{"group": group} | choose(p, quantizer.grid, spec, search) for group, p in pairs]
     nearest = nearest_group(list(steps), clock.count).tolist()
     tensors: dict[str, Tensor] = {}
     for name, rows_of in choices.items():
