@@ -7,6 +7,7 @@ from tcaq.checkpoint import load, save
 from tcaq.errors import TcaqError
 from tcaq.models.config import TcaqConfig
 from tcaq.models.quantizer import register
+from tcaq.models.scheduler import NoiseAwareDDIMScheduler, NoiseAwareDDPMScheduler
 from tcaq.recipes.presets import preset_recipe
 from tcaq.recipes.quantize import quantize
 from tcaq.spec.grid import AdaptiveGrid, AffineGrid, Log2Grid, UnitGrid
@@ -15,7 +16,8 @@ from tcaq.spec.recipe import Recipe
 
 __version__ = "0.1.0"
 __all__ = [
-    "AdaptiveGrid", "AffineGrid", "Log2Grid", "Plan", "Recipe", "Rule", "TcaqConfig", "TcaqError", "UnitGrid",
+    "AdaptiveGrid", "AffineGrid", "Log2Grid", "NoiseAwareDDIMScheduler", "NoiseAwareDDPMScheduler",
+    "Plan", "Recipe", "Rule", "TcaqConfig", "TcaqError", "UnitGrid",
     "load", "preset_recipe", "quantize", "save",
 ]  # fmt: skip
 

@@ -15,7 +15,6 @@ from tcaq.numerics.ranges import search_range
 from tcaq.spec.recipe import Daq, RangeSearch, Tcr
 from tcaq.stages.equalize import equalize
 from tcaq.stages.observe import observe
-from tcaq.stages.operands import even_positions, nearest_group
 from tcaq.stages.scale import apply_input_scales, apply_weight_scales, scale_inputs, scale_weights
 from tcaq.stages.select import select
 
@@ -117,14 +116,6 @@ def test_groups_of_several_steps_cover_all_of_them(tiny_pipeline):
     for group, steps in ((1, caught[:2]), (0, caught[2:])):
         spread = max(0.0, *(float(x.max()) for x in steps)) - min(0.0, *(float(x.min()) for x in steps))
         assert float(record.tensors[f"{LAYER}|input|scale"][group]) == pytest.approx(spread / 15, rel=1e-6)
-
-
-def test_shorter_groups_begin_again():
-    assert even_positions({0: [3, 4, 5], 2: [1, 2]}).tolist() == [[3, 4, 5], [1, 2, 1]]
-
-
-def test_nearest_group_fills_gaps():
-    assert nearest_group([1, 4], 6).tolist() == [0, 0, 0, 1, 1, 1]
 
 
 def test_selection_follows_the_sign_of_r_and_states_true_errors(scene):

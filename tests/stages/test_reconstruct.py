@@ -13,6 +13,7 @@ from tcaq.records import Record
 from tcaq.spec.recipe import Reconstruction
 from tcaq.stages.cache import ActivationCache
 from tcaq.stages.reconstruct import (
+    Fit,
     Reconstructor,
     annealed,
     apply_unit,
@@ -28,9 +29,7 @@ SPEC = Reconstruction(iterations=30, batch=4, inputs=12)
 
 def make(scene, memory=1.0, **changes):
     spec = SPEC.model_copy(update=changes)
-    return Reconstructor(
-        scene.unet, scene.units, scene.trajectories, spec, iterations=spec.iterations, trust=0.0, memory=memory, seed=0
-    )
+    return Reconstructor(scene.unet, scene.units, scene.trajectories, Fit(spec, spec.iterations), memory=memory)
 
 
 @pytest.mark.parametrize("mode", [Mode.FLOAT, Mode.FAKE])
@@ -133,7 +132,7 @@ def test_every_step_group_starts_from_a_loss_of_one_when_steps_are_balanced(read
     unit = next(u for u in ready.units if u.name == "up_blocks.1.resnets.0")
     with make(ready, balance=balance) as reconstructor:
         teaching = reconstructor._teaching(unit)
-        divisors = initial_distances(unit, teaching, clock_of(ready.unet), reconstructor.spec)
+        divisors = initial_distances(unit, teaching, clock_of(ready.unet), reconstructor.how.spec)
     errors = []
     for row, t in enumerate(teaching.timesteps):
         clock_of(ready.unet).set(t)
@@ -152,9 +151,7 @@ def test_the_whole_denoiser_is_a_unit_too(ready):
     whole = Unit("network", ready.unet)
     before = unit_state(whole)
     spec = SPEC.model_copy(update={"drop": 0.0, "bias_rate": 0.01})
-    with Reconstructor(
-        ready.unet, [whole], ready.trajectories, spec, iterations=60, trust=0.8, memory=1.0, seed=0
-    ) as reconstructor:
+    with Reconstructor(ready.unet, [whole], ready.trajectories, Fit(spec, 60, trust=0.8), memory=1.0) as reconstructor:
         fitted = reconstructor.fit("network")
     assert fitted.meta["loss_after"] < 0.95 * fitted.meta["loss_before"]
     after = unit_state(whole)

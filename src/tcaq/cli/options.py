@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from tcaq.errors import UsageError
 from tcaq.recipes.presets import preset_recipe
+from tcaq.recipes.registry import RECIPES
 from tcaq.spec.plan import Plan
-from tcaq.spec.recipe import Recipe
+from tcaq.spec.recipe import Layers, Recipe
 
 ModelArgument = Annotated[
     str, typer.Argument(help="A local diffusers directory, a Hub id, or `reference` (bundled).", show_default=False)
 ]
-RecipeOption = Annotated[str, typer.Option(help="tcaq, minmax, or a recipe's JSON file.")]
+RecipeOption = Annotated[str, typer.Option(help=f"{', '.join(RECIPES)}, or a recipe's JSON file.")]
 WeightsOption = Annotated[int | None, typer.Option(help="Bits of weights, 2-8. [default: 4]", show_default=False)]
 ActivationsOption = Annotated[
     int | None, typer.Option(help="Bits of activations, 2-8. [default: 4]", show_default=False)
@@ -35,7 +36,11 @@ MemoryOption = Annotated[
     float | None, typer.Option(help="GiB of activations kept in memory before they spill to disk.", show_default=False)
 ]
 PlanOption = Annotated[
-    Path | None, typer.Option(help="JSON file of plan rules in place of the default ones.", show_default=False)
+    str,
+    typer.Option(
+        help="same (every recipe quantizes the same layers), author (those of its authors' code), or a JSON file of rules.",
+        metavar="same|author|FILE",
+    ),
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 
@@ -43,7 +48,7 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for a program
 def make_recipe(
     recipe: str, preset: str, *, weights: int | None, activations: int | None, steps: int | None, samples: int | None,
     step_groups: str | None, no_tcr: bool, no_daq: bool, no_network: bool, rounds: int | None, seed: int,
-    memory: float | None,
+    memory: float | None, plan: str = "same",
 ) -> Recipe:  # fmt: skip
     """The recipe that the options name: a program at a preset or a file, then every option that was given.
 
@@ -52,6 +57,8 @@ def make_recipe(
     calibration = {k: v for k, v in (("images", samples), ("steps", steps)) if v is not None}
     given = {"weights": weights, "activations": activations, "memory": memory, "step_groups": _groups(step_groups)}
     changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None} | {"seed": seed}
+    if plan in get_args(Layers):
+        changes["layers"] = plan
     if calibration:
         changes["calibration"] = calibration
     if no_tcr:
@@ -80,6 +87,6 @@ def _groups(text: str | None) -> int | str | None:
     return int(text)
 
 
-def read_plan(path: Path | None) -> Plan | None:
-    """Plan rules from a file, if one was given."""
-    return None if path is None else Plan.read(path)
+def read_plan(plan: str) -> Plan | None:
+    """The rules of a plan file; None if `plan` is the name of a recipe's own plan."""
+    return None if plan in get_args(Layers) else Plan.read(Path(plan))

@@ -36,7 +36,7 @@ def quantize_command(
     no_network: opt.NoNetworkOption = False,
     seed: opt.SeedOption = 0,
     memory: opt.MemoryOption = None,
-    plan: opt.PlanOption = None,
+    plan: opt.PlanOption = "same",
     features: Annotated[
         str | None,
         typer.Option(help="Extractor by which alignment decides when to stop. [default: reference for it, else none]"),
@@ -46,7 +46,7 @@ def quantize_command(
     """Quantize MODEL and write a checkpoint that diffusers loads after `import tcaq`."""
     spec = opt.make_recipe(
         recipe, preset, weights=weights, activations=activations, steps=steps, samples=samples, step_groups=step_groups,
-        no_tcr=no_tcr, no_daq=no_daq, no_network=no_network, rounds=rounds, seed=seed, memory=memory,
+        no_tcr=no_tcr, no_daq=no_daq, no_network=no_network, rounds=rounds, seed=seed, memory=memory, plan=plan,
     )  # fmt: skip
     rules = opt.read_plan(plan)
     pipe = open_float(model)

@@ -10,6 +10,7 @@ from tcaq.layers.attention import MIX, SCORES, ProductProcessor
 from tcaq.layers.conv import QuantizedConv2d, conv_options
 from tcaq.layers.insert import replace
 from tcaq.layers.linear import QuantizedLinear
+from tcaq.layers.split import SplitConv2d
 
 
 def dequantize_layers(model: nn.Module, dtype: torch.dtype) -> None:
@@ -17,9 +18,14 @@ def dequantize_layers(model: nn.Module, dtype: torch.dtype) -> None:
 
     Inputs are no longer quantized. Args: dtype: of the plain layers' weights.
     """
-    for name, module in list(model.named_modules()):
-        if isinstance(module, QuantizedConv2d):
-            replace(model, name, _plain_conv(module, dtype))
+    modules = list(model.named_modules())
+    split = {name for name, module in modules if isinstance(module, SplitConv2d)}
+    for name, module in modules:
+        if isinstance(module, SplitConv2d):
+            replace(model, name, _plain_split(module, dtype))
+        elif isinstance(module, QuantizedConv2d):
+            if name.rpartition(".")[0] not in split:
+                replace(model, name, _plain_conv(module, dtype))
         elif isinstance(module, QuantizedLinear):
             replace(model, name, _plain_linear(module, dtype))
         elif isinstance(module, Attention) and isinstance(module.processor, ProductProcessor):
@@ -35,6 +41,13 @@ def _plain_conv(layer: QuantizedConv2d, dtype: torch.dtype) -> nn.Conv2d:
     bias = layer.quantized_bias()
     plain.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach()))
     return plain.train(layer.training)
+
+
+def _plain_split(layer: SplitConv2d, dtype: torch.dtype) -> nn.Conv2d:
+    whole, rest = _plain_conv(layer.first, dtype), _plain_conv(layer.second, dtype)
+    whole.weight = nn.Parameter(torch.cat([whole.weight, rest.weight], dim=1).detach())
+    whole.in_channels += rest.in_channels
+    return whole
 
 
 def _plain_linear(layer: QuantizedLinear, dtype: torch.dtype) -> nn.Linear:

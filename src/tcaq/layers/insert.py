@@ -13,6 +13,7 @@ from tcaq.layers.attention import MIX, SCORES, attach_products
 from tcaq.layers.conv import QuantizedConv2d
 from tcaq.layers.linear import QuantizedLinear
 from tcaq.layers.product import QuantizedProduct
+from tcaq.layers.split import SplitConv2d
 from tcaq.layers.weighted import QuantizedWeight
 from tcaq.quantizers.clock import StepClock
 from tcaq.spec.plan import LayerGrids, LayerInfo, ResolvedPlan
@@ -54,8 +55,10 @@ def insert(model: nn.Module, plan: ResolvedPlan, clock: StepClock) -> None:
                 replace(model, name, _wrap(module, layer, clock))
 
 
-def _wrap(module: nn.Module, grids: LayerGrids, clock: StepClock) -> QuantizedWeight:
+def _wrap(module: nn.Module, grids: LayerGrids, clock: StepClock) -> nn.Module:
     if isinstance(module, nn.Conv2d):
+        if grids.split is not None:
+            return SplitConv2d.wrap(module, grids, clock)
         return QuantizedConv2d.wrap(module, grids, clock)
     return QuantizedLinear.wrap(cast(nn.Linear, module), grids, clock)
 

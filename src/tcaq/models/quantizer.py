@@ -15,6 +15,7 @@ from tcaq.layers.dequantize import dequantize_layers
 from tcaq.layers.insert import insert, quantized_layers
 from tcaq.layers.weighted import QuantizedWeight
 from tcaq.models.config import QuantMethod, TcaqConfig
+from tcaq.models.correction import CORRECTION, attach_correction, correction_of
 from tcaq.models.denoiser import attach_clock
 from tcaq.models.integrity import Seal, check_names
 
@@ -34,8 +35,10 @@ def drop_float_weights(denoiser: nn.Module) -> None:
 
 def quantization_state(denoiser: nn.Module) -> dict[str, Tensor]:
     """Codes, scales and tables by full name: what must never be cast."""
-    layers = quantized_layers(denoiser)
-    return {f"{name}.{leaf}": buffer for name, layer in layers for leaf, buffer in layer.named_buffers()}
+    parts: list[tuple[str, nn.Module]] = list(quantized_layers(denoiser))
+    if (correction := correction_of(denoiser)) is not None:
+        parts.append((CORRECTION, correction))
+    return {f"{name}.{leaf}": buffer for name, part in parts for leaf, buffer in part.named_buffers()}
 
 
 class TcaqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
@@ -85,6 +88,8 @@ class TcaqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         try:
             with torch.device("meta"):
                 insert(model, self.quantization_config.plan, clock)
+                if self.quantization_config.correction:
+                    attach_correction(model, self.quantization_config.correction)
         except PlanError as error:
             raise CheckpointError(f"the checkpoint's plan does not fit its model: {error}") from error
         drop_float_weights(model)

@@ -22,11 +22,13 @@ from tcaq.models.seeds import generators
 class Trajectories:
     """The denoiser's inputs over sampling runs.
 
-    Attributes: samples: float [steps, images, channels, height, width], x_t; timesteps: [steps], as the denoiser received them.
+    Attributes: samples: float [steps, images, channels, height, width], x_t; timesteps: [steps], as the denoiser received them;
+        weights: None, or float [steps], how much each step counts in calibration.
     """
 
     samples: Tensor
     timesteps: Tensor
+    weights: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not bool(torch.isfinite(self.samples).all()):
@@ -34,6 +36,12 @@ class Trajectories:
             raise NumericalError(
                 f"x_t is not finite from step {step} (t = {float(self.timesteps[step]):g}) of a sampling run on"
             )
+
+    @property
+    def shares(self) -> Tensor:
+        """How much each step counts, float64 [steps], sum 1; alike where nothing else was said."""
+        weights = torch.ones(len(self.timesteps)) if self.weights is None else self.weights
+        return weights.double() / weights.double().sum()
 
     @staticmethod
     def join(parts: Sequence[Trajectories]) -> Trajectories:

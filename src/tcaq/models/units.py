@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import nn
 
@@ -74,32 +75,52 @@ def execution_order(denoiser: nn.Module, run: Callable[[], object]) -> list[Unit
     return order
 
 
-def default_plan(denoiser: nn.Module, weights: int, activations: int, per_octave: int | None = 1) -> Plan:
+def default_plan(
+    denoiser: nn.Module, weights: int, activations: int, per_octave: int | None = 1, *,
+    split: bool = False, symmetric: bool = False, products: bool = True, probability_bits: int | None = None,
+) -> Plan:  # fmt: skip
     """Every layer quantized: the first and last layers and the time embedding at 8 bits, everything else as asked.
 
     The blocks' projections of the embedding read it at 8 bits; their weights, up to a tenth of a U-Net's, have the bits asked for.
 
     Args: weights, activations: bits; per_octave: DAQ chooses for attention probabilities between an even grid and a log2 grid
-        with so many values to each halving; None: they have an even grid.
+        with so many values to each halving; None: they have an even grid; split: the two halves of concatenated inputs get
+        grids of their own; symmetric: zero points in the middle; products: whether attention products are quantized;
+        probability_bits: of attention probabilities (None: as activations).
     """
     row = architecture(denoiser)
-    eight = AffineGrid(bits=8)
-    probabilities: ProbabilityGrid = UnitGrid(bits=activations)
+    affine = partial(AffineGrid, symmetric=symmetric)
+    eight, weight, operand = affine(bits=8), affine(bits=weights), affine(bits=activations)
+    chosen = activations if probability_bits is None else probability_bits
+    probabilities: ProbabilityGrid = UnitGrid(bits=chosen)
     if per_octave is not None:
-        probabilities = AdaptiveGrid(bits=activations, per_octave=per_octave)
+        probabilities = AdaptiveGrid(bits=chosen, per_octave=per_octave)
     special = [Rule(match=pattern, weight=eight, input=eight) for pattern in (*row.edges, *row.time)]
-    special += [Rule(match=pattern, weight=AffineGrid(bits=weights), input=eight) for pattern in row.projections]
-    operand = AffineGrid(bits=activations)
-    return Plan(
-        rules=(
-            *special,
-            Rule(match="*", kinds=("scores",), left=operand, right=operand, optional=True),
-            Rule(match="*", kinds=("mix",), left=probabilities, right=operand, optional=True),
-            Rule(match="*", kinds=("conv", "linear"), weight=AffineGrid(bits=weights), input=operand),
-        )
-    )
+    special += [Rule(match=pattern, weight=weight, input=eight) for pattern in row.projections]
+    attention = [
+        Rule(match="*", kinds=("scores",), left=operand, right=operand, optional=True),
+        Rule(match="*", kinds=("mix",), left=probabilities, right=operand, optional=True),
+    ]
+    if not products:
+        attention = [Rule(match="*", kinds=("scores", "mix"), reason="the method quantizes no products", optional=True)]
+    others = Rule(match="*", kinds=("conv", "linear"), weight=weight, input=operand, split=split)
+    return Plan(rules=(*special, *attention, others))
 
 
 def resolve(denoiser: nn.Module, plan: Plan) -> ResolvedPlan:
     """The plan's table over this denoiser. Raises: PlanError listing everything that does not fit."""
-    return plan.resolve(list_layers(denoiser))
+    joints = concatenations(denoiser)
+    return plan.resolve([replace(layer, joint=joints.get(layer.name)) for layer in list_layers(denoiser)])
+
+
+def concatenations(denoiser: nn.Module) -> dict[str, int]:
+    """The shortcut convolutions on a U-Net's way up, by name, and how many channels the state has that a skip is joined to."""
+    found: dict[str, int] = {}
+    middle = getattr(denoiser, "mid_block", None)
+    hidden = middle.resnets[-1].out_channels if middle is not None else 0
+    for i, block in enumerate(getattr(denoiser, "up_blocks", ())):
+        for j, resnet in enumerate(block.resnets):
+            if 0 < hidden < resnet.in_channels and resnet.conv_shortcut is not None:
+                found[f"up_blocks.{i}.resnets.{j}.conv_shortcut"] = hidden
+            hidden = resnet.out_channels
+    return found

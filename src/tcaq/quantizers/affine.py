@@ -14,8 +14,8 @@ class AffineQuantizer(nn.Module):
     """Quantize-dequantize with the row of the running step group.
 
     Attributes: scale: float32 [groups], 1 until calibrated; zero_point: int16 [groups]; log_gain: None, or float32
-        [groups] while step sizes are learned: the scale in use is `scale * exp(log_gain)`, so that a rate means a
-        relative change.
+        [rows that differ] while step sizes are learned: the scale in use is `scale * exp(log_gain)`, so that a rate means a
+        relative change. Rows that are equal when learning begins share their gain, so they stay equal.
     """
 
     scale: Tensor
@@ -28,6 +28,7 @@ class AffineQuantizer(nn.Module):
         # a tuple keeps the shared clock out of this module's children: it belongs to the denoiser
         self._clock = (clock,)
         self.log_gain: nn.Parameter | None = None
+        self._gain_of = torch.zeros(clock.count, dtype=torch.int64)
         self.register_buffer("scale", torch.ones(clock.count))
         self.register_buffer("zero_point", torch.zeros(clock.count, dtype=torch.int16))
 
@@ -41,7 +42,7 @@ class AffineQuantizer(nn.Module):
 
         Args: x: float [batch, ...]; channel_gain: TCR's r, broadcastable against x, multiplies the scale per channel.
         """
-        table = self.scale if self.log_gain is None else self.scale * self.log_gain.exp()
+        table = self.scale if self.log_gain is None else self.scale * self.log_gain.exp()[self._gain_of]
         scale = self.clock.row(table, x.dim())
         if channel_gain is not None:
             scale = scale * channel_gain
@@ -55,11 +56,13 @@ class AffineQuantizer(nn.Module):
 
     def begin_learning(self) -> list[nn.Parameter]:
         """Start to learn the step sizes; returns what an optimizer must own."""
-        self.log_gain = nn.Parameter(torch.zeros_like(self.scale))
+        rows = torch.stack([self.scale, self.zero_point.to(self.scale.dtype)], dim=1)
+        different, self._gain_of = torch.unique(rows, dim=0, return_inverse=True)
+        self.log_gain = nn.Parameter(self.scale.new_zeros(len(different)))
         return [self.log_gain]
 
     def end_learning(self) -> None:
         """Fold what was learned into `scale`."""
         if self.log_gain is not None:
-            self.scale.mul_(self.log_gain.detach().exp())
+            self.scale.mul_(self.log_gain.detach().exp()[self._gain_of])
             self.log_gain = None

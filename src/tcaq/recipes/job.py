@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from tcaq.errors import UsageError
-from tcaq.layers.insert import insert
-from tcaq.models.denoiser import attach_clock, find_denoiser
+from tcaq.layers.insert import insert, quantized_layers
+from tcaq.models.denoiser import attach_clock, clock_of, find_denoiser
 from tcaq.models.sampler import Trajectories, batches
+from tcaq.models.scheduler import noise_aware
 from tcaq.models.seeds import image_seeds
+from tcaq.models.time import time_unit
 from tcaq.models.units import Unit, execution_order
 from tcaq.records import Record
 from tcaq.runs import Run
+from tcaq.spec.law import Even
 from tcaq.spec.plan import ResolvedPlan
 from tcaq.spec.recipe import Daq, Recipe
 from tcaq.spec.steps import StepGroups
 from tcaq.stages.collect import collect, images_of, trajectories_of
+from tcaq.stages.correct import apply_correction, correct
 from tcaq.stages.equalize import apply_vectors, equalize
 from tcaq.stages.observe import observe
-from tcaq.stages.reconstruct import Reconstructor, apply_unit
+from tcaq.stages.reconstruct import Fit, Reconstructor, apply_unit, fit, time_teaching
+from tcaq.stages.rows import Classes, own_rows, table_rows
 from tcaq.stages.scale import apply_input_scales, apply_weight_scales, scale_inputs, scale_weights
 from tcaq.stages.select import apply_choices, select
+from tcaq.stages.weigh import weigh
 
 Judge = Callable[[Tensor, Tensor], float]
 """Distance between two sets of images, uint8 [images, channels, height, width]: the float model's, and the quantized one's."""
@@ -50,6 +56,8 @@ class Job:
     judge: Judge | None = None
     groups: StepGroups = field(default_factory=StepGroups)
     units: list[Unit] = field(default_factory=list)
+    classes: Classes = own_rows
+    settled: frozenset[nn.Module] = frozenset()
 
     @property
     def denoiser(self) -> nn.Module:
@@ -70,6 +78,14 @@ class Job:
             Trajectories.join([trajectories_of(part) for part in parts]), torch.cat([images_of(part) for part in parts])
         )
 
+    def weigh(self, trajectories: Trajectories) -> Trajectories:
+        """The trajectories with each step counting as the recipe's law says."""
+        law = self.recipe.calibration.law
+        if isinstance(law, Even):
+            return trajectories
+        record = self.run.step("weigh", lambda: weigh(self.pipe, trajectories, law), lambda record: record)
+        return replace(trajectories, weights=record.tensors["weights"])
+
     def insert(self, trajectories: Trajectories) -> None:
         """Swap the planned layers; step groups follow the recipe and the calibration schedule."""
         self.groups = StepGroups.of(self.recipe.step_groups, trajectories.timesteps.tolist())
@@ -81,9 +97,15 @@ class Job:
 
     def observe(self, trajectories: Trajectories) -> Record:
         """Ranges and a sample of every operand at every step."""
-        values, seed = self.recipe.ranges.values, self.recipe.seed
+        boundaries = clock_of(self.denoiser).boundaries
+        # the steps that fill one row share what is kept of them
+        shared = max(
+            table_rows(boundaries, trajectories.timesteps, classes=self.classes(name)).positions.shape[1]
+            for name, _ in quantized_layers(self.denoiser)
+        )
+        values = max(1, self.recipe.ranges.values // shared)
         return self.run.step(
-            "observe", lambda: observe(self.denoiser, trajectories, values, seed), lambda record: record
+            "observe", lambda: observe(self.denoiser, trajectories, values, self.recipe.seed), lambda record: record
         )
 
     def equalize(self, ranges: Record) -> None:
@@ -100,7 +122,9 @@ class Job:
             "scale/weights", lambda: scale_weights(denoiser, ranges, spec), lambda r: apply_weight_scales(denoiser, r)
         )
         self.run.step(
-            "scale/inputs", lambda: scale_inputs(denoiser, ranges, spec), lambda r: apply_input_scales(denoiser, r)
+            "scale/inputs",
+            lambda: scale_inputs(denoiser, ranges, spec, self.classes),
+            lambda r: apply_input_scales(denoiser, r),
         )
 
     def select(self, ranges: Record) -> None:
@@ -108,7 +132,7 @@ class Job:
         denoiser, recipe = self.denoiser, self.recipe
         self.run.step(
             "select",
-            lambda: select(denoiser, ranges, recipe.daq or Daq(), recipe.ranges),
+            lambda: select(denoiser, ranges, recipe.daq or Daq(), recipe.ranges, self.classes),
             lambda record: apply_choices(denoiser, record),
         )
 
@@ -119,24 +143,46 @@ class Job:
             raise UsageError(f"the recipe {self.recipe.program!r} has no reconstruction to run")
         by_name = {unit.name: unit for unit in self.units}
         trust = self.recipe.alignment.trust if round_ and self.recipe.alignment else 0.0
-        with Reconstructor(
-            self.denoiser, self.units, trajectories, spec, iterations=iterations, trust=trust,
-            memory=self.recipe.memory, seed=self.recipe.seed + round_,
-        ) as reconstructor:  # fmt: skip
+        how = Fit(spec, iterations, trust, self.recipe.seed + round_, self.settled)
+        with Reconstructor(self.denoiser, self.units, trajectories, how, memory=self.recipe.memory) as reconstructor:
             self.run.series(
                 f"reconstruct/{round_}", list(by_name), reconstructor.fit, lambda name, r: apply_unit(by_name[name], r)
             )
+
+    def reconstruct_time(self, timesteps: Tensor) -> None:
+        """Fit the time embedding and all its projections as one unit over some timesteps; later fits leave them alone."""
+        spec = self.recipe.reconstruction
+        if spec is None:
+            raise UsageError(f"the recipe {self.recipe.program!r} has no reconstruction to run")
+        unit, clock = time_unit(self.denoiser), clock_of(self.denoiser)
+        how = Fit(spec, spec.iterations, seed=self.recipe.seed)
+        self.run.step(
+            "reconstruct/time",
+            lambda: fit(unit, time_teaching(unit, timesteps), clock, how),
+            lambda record: apply_unit(unit, record),
+        )
+        self.settled |= {layer for _, layer in quantized_layers(unit.module)}
+        self.units = [other for other in self.units if other.module not in self.settled]
 
     def tune(self, trajectories: Trajectories) -> None:
         """Fit the whole denoiser as one unit, from where the rounds left it."""
         if self.recipe.network is None:
             raise UsageError(f"the recipe {self.recipe.program!r} has no fit of the whole denoiser to run")
         spec, whole = self.recipe.network.reconstruction(), Unit("network", self.denoiser)
-        with Reconstructor(
-            self.denoiser, [whole], trajectories, spec, iterations=spec.iterations, trust=0.0,
-            memory=self.recipe.memory, seed=self.recipe.seed,
-        ) as reconstructor:  # fmt: skip
+        how = Fit(spec, spec.iterations, seed=self.recipe.seed)
+        with Reconstructor(self.denoiser, [whole], trajectories, how, memory=self.recipe.memory) as reconstructor:
             self.run.series("network", [whole.name], reconstructor.fit, lambda _, record: apply_unit(whole, record))
+
+    def correct(self, trajectories: Trajectories) -> None:
+        """Let the denoiser take known quantization noise out of its predictions, and the scheduler add less of its own."""
+        denoiser = self.denoiser
+
+        def apply(record: Record) -> None:
+            apply_correction(denoiser, record)
+            scheduler = noise_aware(self.pipe.scheduler, self.groups.boundaries, record.tensors["variance"].tolist())
+            self.pipe.register_modules(scheduler=scheduler)
+
+        self.run.step("correct", lambda: correct(denoiser, trajectories), apply)
 
     def restore(self, round_: int) -> None:
         """Go back to the state that an earlier round of reconstruction left."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 from tcaq.errors import UsageError
+from tcaq.recipes.registry import entry
 from tcaq.spec.recipe import Recipe, merged
 
 Preset = Literal["fast", "quick", "full"]
@@ -31,31 +32,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-PROGRAM_OPTIONS: dict[str, dict[str, Any]] = {
-    "tcaq": {},
-    "minmax": {
-        "step_groups": 1,
-        "ranges": {"weight_candidates": 1, "input_candidates": 1},
-        "tcr": None,
-        "daq": None,
-        "reconstruction": None,
-        "alignment": None,
-        "network": None,
-    },
-}
-"""What a program fixes whatever the preset says."""
-
 
 def preset_recipe(program: str, preset: str, **options: Any) -> Recipe:
     """The recipe of a program at a preset, with some options changed.
 
+    What a preset leaves out stays out: a program's options for reconstruction do not bring it back into `fast`.
+
     Raises: UsageError naming the known programs or presets.
     """
-    if program not in PROGRAM_OPTIONS:
-        raise UsageError(
-            f"unknown recipe {program!r}; known: {', '.join(PROGRAM_OPTIONS)}, or the path of a recipe's JSON file"
-        )
+    fixed = entry(program).options
     if preset not in PRESETS:
         raise UsageError(f"unknown preset {preset!r}; known: {', '.join(get_args(Preset))}")
-    values = merged(merged(PRESETS[preset], PROGRAM_OPTIONS[program]), options)
+    base = PRESETS[preset]
+    fixed = {key: value for key, value in fixed.items() if not (isinstance(value, dict) and base.get(key, {}) is None)}
+    values = merged(merged(base, fixed), options)
     return Recipe.parse({"program": program, **values}, where=f"recipe {program} at preset {preset}")

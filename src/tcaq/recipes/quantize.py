@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +12,23 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from tcaq.checkpoint import pack, save
-from tcaq.errors import UsageError
 from tcaq.models.config import TcaqConfig
+from tcaq.models.correction import correction_of
 from tcaq.models.denoiser import find_denoiser
 from tcaq.models.load import weights_hash
-from tcaq.models.units import default_plan, resolve
+from tcaq.models.units import resolve
 from tcaq.recipes.job import Job, Judge
-from tcaq.recipes.minmax import minmax
-from tcaq.recipes.tcaq import tcaq
+from tcaq.recipes.registry import entry
 from tcaq.runs import OnProgress, Run, silent
 from tcaq.spec.plan import Plan, ResolvedPlan
 from tcaq.spec.recipe import Recipe
 
-PROGRAMS: dict[str, Callable[[Job], None]] = {"minmax": minmax, "tcaq": tcaq}
 RUN_FOLDER = "run"
 
 
 def resolved_plan(denoiser: nn.Module, recipe: Recipe, plan: Plan | None = None) -> ResolvedPlan:
-    """The table that a recipe would quantize a denoiser by; `plan` takes the place of the default rules."""
-    per_octave = recipe.daq.per_octave(recipe.activations) if recipe.daq else None
-    rules = plan or default_plan(denoiser, recipe.weights, recipe.activations, per_octave)
-    return resolve(denoiser, rules)
+    """The table that a recipe would quantize a denoiser by; `plan` takes the place of the recipe's own rules."""
+    return resolve(denoiser, plan or entry(recipe.program).plan(denoiser, recipe))
 
 
 def identity(pipe: DiffusionPipeline, recipe: Recipe, table: ResolvedPlan, *, judged: bool) -> dict[str, Any]:
@@ -66,16 +61,17 @@ def quantize(
     Raises: UsageError, PlanError, ModelError, NumericalError, RunError.
     """
     recipe = recipe or Recipe()
-    if recipe.program not in PROGRAMS:
-        raise UsageError(f"unknown recipe program {recipe.program!r}; known: {', '.join(PROGRAMS)}")
+    program = entry(recipe.program).program
     table = resolved_plan(find_denoiser(pipe)[1], recipe, plan)
     who = identity(pipe, recipe, table, judged=judge is not None)
     with tempfile.TemporaryDirectory(prefix="tcaq-run-") as temporary:
         folder = Path(output) / RUN_FOLDER if output is not None else Path(temporary) / RUN_FOLDER
         with Run.open(folder, who, on_progress) as run:
             job = Job(pipe, recipe, table, run, judge)
-            PROGRAMS[recipe.program](job)
+            program(job)
         config = TcaqConfig(plan=table, groups=job.groups, recipe=recipe.model_dump(mode="json"))
+        if (correction := correction_of(job.denoiser)) is not None:
+            config.correction = correction.bias.shape[1]
         pack(job.denoiser, config)
         if output is not None:
             save(pipe, Path(output))

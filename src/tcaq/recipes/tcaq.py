@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from tcaq.recipes.job import Collected, Job
+from tcaq.recipes.start import start
 from tcaq.spec.recipe import Reconstruction
 
 
 def tcaq(job: Job) -> None:
     """Initialise with TCR and DAQ, then reconstruct on trajectories that follow the quantized model more and more."""
-    data = job.collect(0)
-    job.insert(data.trajectories)
-    ranges = job.observe(data.trajectories)
-    job.equalize(ranges)
-    job.scale(ranges)
-    job.select(ranges)
+    data = start(job)
     last = None if job.recipe.reconstruction is None else align(job, job.recipe.reconstruction, data)
     if job.recipe.network is not None:
         own = last or job.collect(rounds_of(job) + 1)

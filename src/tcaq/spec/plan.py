@@ -19,10 +19,14 @@ LayerKind = Literal["conv", "linear", "scores", "mix"]
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """A layer that a plan must decide on: its dotted name in the denoiser, and its kind."""
+    """A layer that a plan must decide on: its dotted name in the denoiser, and its kind.
+
+    joint: where its input was put together from two tensors, the channels of the first one; else None.
+    """
 
     name: str
     kind: LayerKind
+    joint: int | None = None
 
 
 class Rule(Spec):
@@ -30,7 +34,7 @@ class Rule(Spec):
 
     `weight` and `input` speak of convolutions and linear layers; `left` and `right` of the operands of an attention
     product (scores: q, k; mix: probabilities, v). A rule without grids keeps its layers in float and must give a
-    `reason`.
+    `reason`. `split` quantizes the two halves of a concatenated input, and their weights, each by itself.
     """
 
     match: str
@@ -39,6 +43,7 @@ class Rule(Spec):
     input: AffineGrid | None = None
     left: Grid | None = None
     right: AffineGrid | None = None
+    split: bool = False
     reason: str | None = None
     optional: bool = False
 
@@ -55,12 +60,16 @@ class Rule(Spec):
 
 
 class LayerGrids(Spec):
-    """What one layer got: a grid per weight and operand, or none and a reason to stay float."""
+    """What one layer got: a grid per weight and operand, or none and a reason to stay float.
+
+    split: channels of the first of two halves that are quantized each by itself; None: no halves.
+    """
 
     name: str
     kind: LayerKind
     weight: AffineGrid | None = None
     inputs: tuple[Grid, ...] = ()
+    split: int | None = None
     reason: str | None = None
 
     @property
@@ -121,7 +130,8 @@ def _decide(rule: Rule, layer: LayerInfo) -> LayerGrids:
         if layer.kind == "scores" and not isinstance(left, AffineGrid):
             raise PlanError(f"rule {rule.match!r}: {layer.name!r} takes an affine grid on its left, not {left}")
         return LayerGrids(name=layer.name, kind=layer.kind, inputs=(left, rule.right))  # type: ignore[arg-type]
-    return LayerGrids(name=layer.name, kind=layer.kind, weight=rule.weight, inputs=(rule.input,))  # type: ignore[arg-type]
+    split = layer.joint if rule.split else None
+    return LayerGrids(name=layer.name, kind=layer.kind, weight=rule.weight, inputs=(rule.input,), split=split)  # type: ignore[arg-type]
 
 
 def _unused(rule: Rule, layers: Sequence[LayerInfo]) -> str:

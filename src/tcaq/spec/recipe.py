@@ -9,18 +9,24 @@ from pydantic import Field
 from tcaq.numerics.powerlaw import Alternative
 from tcaq.spec.base import Spec
 from tcaq.spec.grid import Bits
+from tcaq.spec.law import Even, Law
 from tcaq.spec.steps import StepGrouping
 
+Layers = Literal["same", "author"]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Calibration(Spec):
-    """What is recorded: `images` trajectories of `steps` steps; every step of every image, in batches of `batch`."""
+    """What is recorded: `images` trajectories of `steps` steps; every step of every image, in batches of `batch`.
+
+    `law` says how often each recorded step is used.
+    """
 
     images: Positive = 64
     steps: Positive = 50
     batch: Positive = 32
+    law: Law = Even()
 
 
 class RangeSearch(Spec):
@@ -118,6 +124,7 @@ class Alignment(Spec):
 class Recipe(Spec):
     """A named program with all its options; None switches a part off.
 
+    `layers` "same" plans the same layers whatever the program, "author" those that the authors' own code quantizes.
     `network` (ours) fits the whole denoiser as one unit after the last round, on trajectories of the quantized model.
     """
 
@@ -125,6 +132,7 @@ class Recipe(Spec):
     weights: Bits = 4
     activations: Bits = 4
     step_groups: StepGrouping = "per-step"
+    layers: Layers = "same"
     calibration: Calibration = Calibration()
     ranges: RangeSearch = RangeSearch()
     tcr: Tcr | None = Tcr()

@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from tcaq.errors import NumericalError
 from tcaq.layers.insert import channel_axis, quantized_layers
 from tcaq.layers.weighted import QuantizedWeight
-from tcaq.models.denoiser import clock_of
 from tcaq.models.sampler import Trajectories
 from tcaq.records import Record
-from tcaq.stages.operands import draw_rows, steps_by_group, visiting
+from tcaq.stages.operands import draw_rows, visiting
 
 CHUNK = 32
 """Images at a time: enough to keep the processor busy, few enough that activations stay small."""
@@ -23,12 +22,11 @@ def observe(denoiser: nn.Module, trajectories: Trajectories, values: int, seed: 
     `low`, `high` [steps, channels]: extremes; `square` [steps, channels]: mean square, of inputs only; `rows`
     [steps, n, channels]: a random sample. The operands of a product have one channel: nothing could scale theirs apart.
 
-    Args: values: about how many numbers of each operand are sampled for each step group; seed: of the sample.
+    Args: values: about how many numbers of each operand are sampled at each step; seed: of the sample.
     Raises: NumericalError naming the layer and the step, if an operand is not finite.
     """
     axes = {n: channel_axis(m) if isinstance(m, QuantizedWeight) else None for n, m in quantized_layers(denoiser)}
-    longest = max(map(len, steps_by_group(clock_of(denoiser).boundaries, trajectories.timesteps).values()))
-    found = Observations(trajectories, max(1, values // longest), seed)
+    found = Observations(trajectories, values, seed)
 
     def visit(name: str, operand: str, value: Tensor) -> None:
         found.add(name, operand, value, axes[name])
@@ -37,7 +35,7 @@ def observe(denoiser: nn.Module, trajectories: Trajectories, values: int, seed: 
         for found.step, (x, timestep) in enumerate(zip(trajectories.samples, trajectories.timesteps, strict=True)):
             for found.chunk, part in enumerate(x.split(CHUNK)):
                 denoiser(part, timestep)
-    return Record({"timesteps": trajectories.timesteps} | found.tables)
+    return Record({"timesteps": trajectories.timesteps, "shares": trajectories.shares} | found.tables)
 
 
 class Observations:
@@ -47,7 +45,7 @@ class Observations:
     """
 
     def __init__(self, trajectories: Trajectories, values: int, seed: int) -> None:
-        """Args: values: numbers of each operand to sample at each step."""
+        """See `observe`."""
         self.timesteps, self.images, self.values = trajectories.timesteps, trajectories.samples.shape[1], values
         self.chunks = -(-self.images // CHUNK)
         self.generator = torch.Generator().manual_seed(seed)

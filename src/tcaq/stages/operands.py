@@ -1,4 +1,4 @@
-"""Show every quantized operand of a float model to a visitor, and sort steps into groups."""
+"""Show every quantized operand of a float model to a visitor."""
 
 from __future__ import annotations
 
@@ -36,27 +36,6 @@ def visiting(denoiser: nn.Module, visit: Visitor) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def steps_by_group(boundaries: Tensor, timesteps: Tensor) -> dict[int, list[int]]:
-    """The positions along a trajectory that fall into each step group; groups no step falls into are absent."""
-    groups = torch.searchsorted(boundaries, timesteps.to(boundaries.dtype), right=True)
-    table: dict[int, list[int]] = {}
-    for step, group in enumerate(groups.tolist()):
-        table.setdefault(group, []).append(step)
-    return dict(sorted(table.items()))
-
-
-def even_positions(steps: dict[int, list[int]]) -> Tensor:
-    """`steps_by_group` as a table, int64 [groups present, longest]: a shorter group begins again with its first step."""
-    longest = max(map(len, steps.values()))
-    return torch.tensor([[group[i % len(group)] for i in range(longest)] for group in steps.values()])
-
-
-def nearest_group(seen: list[int], count: int) -> Tensor:
-    """For each of `count` groups the position in `seen` of the nearest group that was seen."""
-    distance = (torch.arange(count)[:, None] - torch.tensor(seen)[None]).abs()
-    return distance.argmin(dim=1)
 
 
 def draw_rows(value: Tensor, count: int, generator: torch.Generator) -> Tensor:

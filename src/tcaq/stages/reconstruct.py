@@ -19,6 +19,7 @@ from tcaq.layers.weighted import QuantizedWeight
 from tcaq.models.denoiser import clock_of
 from tcaq.models.sampler import Trajectories
 from tcaq.models.units import Unit
+from tcaq.numerics.shares import quotas
 from tcaq.quantizers.affine import AffineQuantizer
 from tcaq.quantizers.clock import StepClock
 from tcaq.records import Record
@@ -27,6 +28,25 @@ from tcaq.stages.cache import ActivationCache
 from tcaq.stages.replay import Call, Replay
 
 CORRECTION = "bias_correction"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a unit is fitted.
+
+    Attributes: iterations: of learning; trust: how firmly earlier roundings are held (0: start from the float weight); seed: of the
+        choice of batches; settled: layers inside units that an earlier fit decided, and that stay as they are.
+    """
+
+    spec: Reconstruction
+    iterations: int
+    trust: float = 0.0
+    seed: int = 0
+    settled: frozenset[nn.Module] = frozenset()
+
+    def layers(self, unit: Unit) -> list[QuantizedLayer]:
+        """The layers of a unit that are to be learned."""
+        return [layer for _, layer in quantized_layers(unit.module) if layer not in self.settled]
 
 
 @dataclass(frozen=True)
@@ -43,16 +63,15 @@ class Reconstructor:
     """Fits units one after another over one set of trajectories; each fit depends on the units fitted before it."""
 
     def __init__(
-        self, denoiser: nn.Module, units: list[Unit], trajectories: Trajectories, spec: Reconstruction, *,
-        iterations: int, trust: float, memory: float, seed: int, spill: Path | None = None,
+        self, denoiser: nn.Module, units: list[Unit], trajectories: Trajectories, how: Fit, *,
+        memory: float, spill: Path | None = None,
     ) -> None:  # fmt: skip
-        """Args: iterations: per unit; trust: how firmly earlier roundings are held (0: start from the float weight);
-        memory: GiB of activations kept in memory; seed: of the choice of inputs and batches."""
-        self.denoiser, self.spec, self.seed = denoiser, spec, seed
-        self.iterations, self.trust = iterations, trust
+        """Args: how: of every unit, and the seed of the choice of inputs; memory: GiB of activations kept in memory."""
+        self.denoiser, self.how = denoiser, how
         self.units = {unit.name: unit for unit in units}
-        samples, self.timesteps = draw_inputs(trajectories, spec.inputs, seed)
-        batches = list(zip(samples.split(spec.batch), self.timesteps.split(spec.batch), strict=True))
+        batch = how.spec.batch
+        samples, self.timesteps = draw_inputs(trajectories, how.spec.inputs, how.seed)
+        batches = list(zip(samples.split(batch), self.timesteps.split(batch), strict=True))
         self.cache = ActivationCache(int(memory * 2**30), spill)
         self.replay = Replay(denoiser, units, batches, self.cache)
 
@@ -67,34 +86,45 @@ class Reconstructor:
     def fit(self, name: str) -> Record:
         """Fit one unit and record its codes, scales, and loss before and after."""
         unit = self.units[name]
-        teaching = self._teaching(unit)
-        clock = clock_of(self.denoiser)
-        generator = torch.Generator().manual_seed(self.seed)
-        before = unit_loss(unit, teaching, clock, self.spec)
-        if self.spec.schedule == "joint":
-            learn(unit, teaching, clock, self, generator, rounding=True, scales=True)
-        else:
-            learn(unit, teaching, clock, self, generator, rounding=True, scales=False)
-            learn(unit, teaching, clock, self, generator, rounding=False, scales=True)
-        after = unit_loss(unit, teaching, clock, self.spec)
-        return Record(unit_state(unit), {"unit": name, "loss_before": before, "loss_after": after})
+        return fit(unit, self._teaching(unit), clock_of(self.denoiser), self.how)
 
     def _teaching(self, unit: Unit) -> Teaching:
         float_inputs = self.replay.inputs(unit, Mode.FLOAT)
         inputs = self.replay.inputs(unit, Mode.FAKE)
         with running(unit.module, Mode.FLOAT), torch.no_grad():
             rows = len(self.timesteps)
-            parts = [rows_of(float_inputs, part)(unit.module) for part in torch.arange(rows).split(self.spec.batch)]
+            parts = [rows_of(float_inputs, part)(unit.module) for part in torch.arange(rows).split(self.how.spec.batch)]
         return Teaching(float_inputs, inputs, torch.cat(parts), self.timesteps)
 
 
+def fit(unit: Unit, teaching: Teaching, clock: StepClock, how: Fit) -> Record:
+    """Fit a unit and record its codes, scales, and loss before and after."""
+    generator = torch.Generator().manual_seed(how.seed)
+    before = unit_loss(unit, teaching, clock, how.spec)
+    if how.spec.schedule == "joint":
+        learn(unit, teaching, clock, how, generator, rounding=True, scales=True)
+    else:
+        learn(unit, teaching, clock, how, generator, rounding=True, scales=False)
+        learn(unit, teaching, clock, how, generator, rounding=False, scales=True)
+    after = unit_loss(unit, teaching, clock, how.spec)
+    return Record(unit_state(unit), {"unit": unit.name, "loss_before": before, "loss_after": after})
+
+
+def time_teaching(unit: Unit, timesteps: Tensor) -> Teaching:
+    """For a unit that depends on the timestep alone: every timestep there is, the same in both streams."""
+    call = Call((timesteps,), {})
+    with running(unit.module, Mode.FLOAT), torch.no_grad():
+        return Teaching(call, call, call(unit.module), timesteps)
+
+
 def draw_inputs(trajectories: Trajectories, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """`count` of the recorded (x_t, t), every step about equally often, in random order; [n, ...] and [n]."""
+    """`count` of the recorded (x_t, t), each step as often as its share says, in random order; [n, ...] and [n]."""
     steps, images = trajectories.samples.shape[:2]
     generator = torch.Generator().manual_seed(seed)
-    # a random order of the images for each step, read step by step: each step appears once before any appears twice
+    # a random order of the images for each step, of which each step gives as many as its quota from the first on
     order = torch.stack([torch.randperm(images, generator=generator) for _ in range(steps)], dim=1)
-    pairs = torch.stack([torch.arange(steps).expand(images, steps), order], dim=-1).reshape(-1, 2)[:count]
+    pairs = torch.stack([torch.arange(steps).expand(images, steps), order], dim=-1)
+    pairs = pairs[torch.arange(images)[:, None] < quotas(trajectories.shares, count, images)]
     pairs = pairs[torch.randperm(len(pairs), generator=generator)]
     return trajectories.samples[pairs[:, 0], pairs[:, 1]], trajectories.timesteps[pairs[:, 0]]
 
@@ -147,22 +177,21 @@ def learn(
     unit: Unit,
     teaching: Teaching,
     clock: StepClock,
-    run: Reconstructor,
+    how: Fit,
     generator: torch.Generator,
     *,
     rounding: bool,
     scales: bool,
 ) -> None:
     """Learn roundings, step sizes, or both together, then fold them into codes and scales."""
-    spec, iterations = run.spec, run.iterations
-    layers = [layer for _, layer in quantized_layers(unit.module)]
+    spec, iterations, layers = how.spec, how.iterations, how.layers(unit)
     rounding = rounding and spec.rounding_rate > 0
     weights = [layer.weight_quantizer for layer in layers if isinstance(layer, QuantizedWeight)] if rounding else []
     count = sum(weight.shape.numel() for weight in weights)
     initial = initial_distances(unit, teaching, clock, spec)
     # without this a warm-up would let the loss alone pull held roundings back to the float weight
-    warmup = 0.0 if run.trust else spec.warmup
-    groups = begin(layers, spec, run.trust, rounding=rounding, scales=scales)
+    warmup = 0.0 if how.trust else spec.warmup
+    groups = begin(layers, spec, how.trust, rounding=rounding, scales=scales)
     if not groups:
         return  # every rate is zero
     optimizer = torch.optim.Adam(groups)

@@ -15,7 +15,7 @@ from tcaq.quantizers.affine import AffineQuantizer
 from tcaq.records import Record
 from tcaq.spec.recipe import RangeSearch
 from tcaq.stages.observe import mean_squares
-from tcaq.stages.operands import even_positions, nearest_group, steps_by_group
+from tcaq.stages.rows import Classes, own_rows, table_rows
 
 
 def scale_weights(denoiser: nn.Module, ranges: Record, spec: RangeSearch) -> Record:
@@ -47,33 +47,37 @@ def apply_weight_scales(denoiser: nn.Module, record: Record) -> None:
             layer.weight_quantizer.set_rows(scale, zero_point, layer.equalized_weight().detach())
 
 
-def affine_operands(denoiser: nn.Module) -> Iterator[tuple[str, AffineQuantizer, Tensor | None]]:
-    """`layer|operand`, quantizer and TCR vector (None for products) of every affine operand."""
+def affine_operands(denoiser: nn.Module) -> Iterator[tuple[str, str, AffineQuantizer, Tensor | None]]:
+    """Layer, operand, quantizer and TCR vector (None for products) of every affine operand."""
     for name, layer in quantized_layers(denoiser):
         for operand, quantizer in layer.operands.items():
             if isinstance(quantizer, AffineQuantizer):
-                yield f"{name}|{operand}", quantizer, layer.equalizer if isinstance(layer, QuantizedWeight) else None
+                yield name, operand, quantizer, layer.equalizer if isinstance(layer, QuantizedWeight) else None
 
 
-def scale_inputs(denoiser: nn.Module, ranges: Record, spec: RangeSearch) -> Record:
-    """Record `layer|operand|scale` and `|zero_point`, [groups]; a group that no calibration step fell into has its neighbour's."""
-    clock = clock_of(denoiser)
-    steps = steps_by_group(clock.boundaries, ranges.tensors["timesteps"])
-    positions, nearest = even_positions(steps), nearest_group(list(steps), clock.count)
+def scale_inputs(denoiser: nn.Module, ranges: Record, spec: RangeSearch, classes: Classes = own_rows) -> Record:
+    """Record `layer|operand|scale` and `|zero_point`, [groups], for affine operands.
+
+    Args: classes: which steps share a row, by layer.
+    """
+    boundaries, timesteps, shares = clock_of(denoiser).boundaries, ranges.tensors["timesteps"], ranges.tensors["shares"]
     tensors: dict[str, Tensor] = {}
-    for key, quantizer, vector in affine_operands(denoiser):
-        grid = quantizer.grid
+    for name, operand, quantizer, vector in affine_operands(denoiser):
+        rows = table_rows(boundaries, timesteps, shares, classes(name))
+        key, grid = f"{name}|{operand}", quantizer.grid
         scale, zero_point = search_range(
-            grouped_values(ranges, key, positions, vector), grid.bits, signed=grid.signed, symmetric=grid.symmetric,
+            grouped_values(ranges, key, rows.positions, vector), grid.bits, signed=grid.signed, symmetric=grid.symmetric,
             power=spec.power, candidates=spec.input_candidates,
         )  # fmt: skip
-        tensors |= {f"{key}|scale": scale[nearest], f"{key}|zero_point": zero_point[nearest]}
+        tensors |= {f"{key}|scale": scale[rows.of_group], f"{key}|zero_point": zero_point[rows.of_group]}
     return Record(tensors)
 
 
 def grouped_values(ranges: Record, key: str, positions: Tensor, vector: Tensor | None) -> Tensor:
-    """What a grid must hold in each group, float [groups, n]: the sample of an operand divided by its TCR vector, and its extremes,
-    which the sample may miss."""
+    """What a grid must hold in each class of steps, float [classes, n]: an operand's sample and the extremes, which it may miss.
+
+    Args: positions: see Rows; vector: the TCR vector that the operand is divided by.
+    """
     found = [ranges.tensors[f"{key}|{statistic}"] for statistic in ("rows", "low", "high")]
     rows, low, high = (part[positions] if vector is None else part[positions] / vector for part in found)
     ends = low.flatten(1).amin(1, keepdim=True), high.flatten(1).amax(1, keepdim=True)
@@ -82,5 +86,6 @@ def grouped_values(ranges: Record, key: str, positions: Tensor, vector: Tensor |
 
 def apply_input_scales(denoiser: nn.Module, record: Record) -> None:
     """Write the tables of every affine operand."""
-    for key, quantizer, _ in affine_operands(denoiser):
+    for name, operand, quantizer, _ in affine_operands(denoiser):
+        key = f"{name}|{operand}"
         quantizer.set_rows(record.tensors[f"{key}|scale"], record.tensors[f"{key}|zero_point"])

@@ -17,7 +17,7 @@ from tcaq.quantizers.probability import ProbabilityQuantizer
 from tcaq.records import Record
 from tcaq.spec.grid import AdaptiveGrid, ProbabilityGrid
 from tcaq.spec.recipe import Daq, RangeSearch
-from tcaq.stages.operands import even_positions, nearest_group, steps_by_group
+from tcaq.stages.rows import Classes, own_rows, table_rows
 
 
 def probability_quantizers(denoiser: nn.Module) -> dict[str, ProbabilityQuantizer]:
@@ -27,23 +27,24 @@ def probability_quantizers(denoiser: nn.Module) -> dict[str, ProbabilityQuantize
     return {name: quantizer for name, quantizer in found.items() if isinstance(quantizer, ProbabilityQuantizer)}
 
 
-def select(denoiser: nn.Module, ranges: Record, spec: Daq, search: RangeSearch) -> Record:
-    """Record per layer `scale`, `peak` and `use_log2`, [groups], and in the meta each group's fit and both errors."""
-    clock = clock_of(denoiser)
-    steps = steps_by_group(clock.boundaries, ranges.tensors["timesteps"])
-    positions = even_positions(steps)
+def select(
+    denoiser: nn.Module, ranges: Record, spec: Daq, search: RangeSearch, classes: Classes = own_rows
+) -> Record:  # fmt: skip
+    """Record per layer `scale`, `peak` and `use_log2`, [groups], and in the meta each seen group's fit and both errors.
+
+    Args: classes: which steps share a row, by layer.
+    """
+    boundaries, timesteps, shares = clock_of(denoiser).boundaries, ranges.tensors["timesteps"], ranges.tensors["shares"]
+    tensors: dict[str, Tensor] = {}
     choices: dict[str, list[dict[str, Any]]] = {}
     for name, quantizer in probability_quantizers(denoiser).items():
-        samples = ranges.tensors[f"{name}|left|rows"][positions].flatten(1)
-        pairs = zip(steps, samples, strict=True)
-        choices[name] = [{"group": group} | choose(p, quantizer.grid, spec, search) for group, p in pairs]
-    nearest = nearest_group(list(steps), clock.count).tolist()
-    tensors: dict[str, Tensor] = {}
-    for name, rows_of in choices.items():
-        every = [rows_of[i] for i in nearest]
-        tensors[f"{name}|scale"] = torch.tensor([row["scale"] for row in every])
-        tensors[f"{name}|peak"] = torch.tensor([row["peak"] for row in every])
-        tensors[f"{name}|use_log2"] = torch.tensor([row["use_log2"] for row in every])
+        rows = table_rows(boundaries, timesteps, shares, classes(name))
+        samples = ranges.tensors[f"{name}|left|rows"][rows.positions].flatten(1)
+        found = [choose(p, quantizer.grid, spec, search) for p in samples]
+        every = [found[i] for i in rows.of_group.tolist()]
+        choices[name] = [{"group": group} | every[group] for group in rows.seen]
+        for field in ("scale", "peak", "use_log2"):
+            tensors[f"{name}|{field}"] = torch.tensor([row[field] for row in every])
     return Record(tensors, {"choices": choices})
 
 

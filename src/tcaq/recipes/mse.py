@@ -1,0 +1,16 @@
+"""MSE: like min-max, but each range is searched for the least error |x - x_hat|^2.4 (BRECQ's start, Li et al., ICLR 2021)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tcaq.recipes import minmax
+from tcaq.recipes.job import Job
+from tcaq.recipes.start import start
+
+OPTIONS: dict[str, Any] = {name: value for name, value in minmax.OPTIONS.items() if name != "ranges"}
+
+
+def mse(job: Job) -> None:
+    """Calibrate by one pass over the float model's trajectories."""
+    start(job)

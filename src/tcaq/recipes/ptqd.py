@@ -1,0 +1,33 @@
+"""PTQD (He et al., *PTQD: Accurate post-training quantization for diffusion models*, NeurIPS 2023).
+
+From the paper: block reconstruction with one grid for all steps; then, step by step, the part of the quantization noise that
+follows the prediction and its bias are taken out, and the sampler adds less noise where quantization has added some.
+Ours: the correction belongs to the denoiser, so that every scheduler has it; iterations and rates of the preset. The noise is
+measured on the float model's trajectories. Only stochastic samplers (DDPM, DDIM with eta above 0) have noise to add less of.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tcaq.recipes.job import Job
+from tcaq.recipes.start import start
+from tcaq.stages.rows import ONE_ROW
+
+OPTIONS: dict[str, Any] = {
+    "step_groups": "per-step",
+    "tcr": None,
+    "daq": None,
+    "reconstruction": {"schedule": "two-phase", "drop": 0.0, "balance": "all"},
+    "alignment": None,
+    "network": None,
+}
+
+
+def ptqd(job: Job) -> None:
+    """Calibrate with one row for all steps, reconstruct, and correct step by step."""
+    job.classes = lambda layer: ONE_ROW
+    data = start(job)
+    if job.recipe.reconstruction is not None:
+        job.reconstruct(0, data.trajectories, job.recipe.reconstruction.iterations)
+    job.correct(data.trajectories)

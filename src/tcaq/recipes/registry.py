@@ -1,0 +1,58 @@
+"""Every recipe by name: its program, the options it fixes, and how it plans layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from tcaq.errors import UsageError
+from tcaq.models.units import default_plan
+from tcaq.recipes import minmax, mse, ptq4dm, ptqd, qdiffusion, tcaq, tfmqdm
+from tcaq.recipes.job import Job
+from tcaq.spec.plan import Plan
+from tcaq.spec.recipe import Recipe
+
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A recipe.
+
+    Attributes: program: what it does; options: of `Recipe`, fixed whatever the preset says; traits: of `default_plan`, part of the
+        method itself; author: of `default_plan`, how the authors' own code differs from the common plan.
+    """
+
+    program: Callable[[Job], None]
+    options: Options = field(default_factory=dict)
+    traits: Options = field(default_factory=dict)
+    author: Options = field(default_factory=dict)
+
+    def plan(self, denoiser: nn.Module, recipe: Recipe) -> Plan:
+        """The rules that a recipe goes by where the user gives none."""
+        per_octave = recipe.daq.per_octave(recipe.activations) if recipe.daq else None
+        own = self.author if recipe.layers == "author" else {}
+        return default_plan(denoiser, recipe.weights, recipe.activations, per_octave, **self.traits, **own)
+
+
+RECIPES = {
+    "minmax": Entry(minmax.minmax, minmax.OPTIONS),
+    "mse": Entry(mse.mse, mse.OPTIONS),
+    "ptq4dm": Entry(ptq4dm.ptq4dm, ptq4dm.OPTIONS, author=ptq4dm.AUTHOR),
+    "qdiffusion": Entry(qdiffusion.qdiffusion, qdiffusion.OPTIONS, qdiffusion.TRAITS, qdiffusion.AUTHOR),
+    "ptqd": Entry(ptqd.ptqd, ptqd.OPTIONS),
+    "tfmqdm": Entry(tfmqdm.tfmqdm, tfmqdm.OPTIONS, author=tfmqdm.AUTHOR),
+    "tcaq": Entry(tcaq.tcaq),
+}
+
+
+def entry(program: str) -> Entry:
+    """The recipe of a name. Raises: UsageError naming those there are."""
+    if program not in RECIPES:
+        raise UsageError(
+            f"unknown recipe {program!r}; known: {', '.join(RECIPES)}, or the path of a recipe's JSON file"
+        )
+    return RECIPES[program]

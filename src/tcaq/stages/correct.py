@@ -1,0 +1,33 @@
+"""Correct: what quantization adds to predicted noise in each step group (PTQD, He et al., NeurIPS 2023)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tcaq.layers.modes import faking, floating
+from tcaq.models.correction import attach_correction
+from tcaq.models.denoiser import clock_of
+from tcaq.models.sampler import Trajectories, predict
+from tcaq.numerics.correction import fit_noise
+from tcaq.records import Record
+from tcaq.stages.rows import table_rows
+
+
+def correct(denoiser: nn.Module, trajectories: Trajectories) -> Record:
+    """Record `slope` [groups], `bias` [groups, channels] and `variance` [groups], float32, of predictions on the same inputs."""
+    with floating(denoiser):
+        original = predict(denoiser, trajectories)
+    with faking(denoiser):
+        quantized = predict(denoiser, trajectories)
+    rows = table_rows(clock_of(denoiser).boundaries, trajectories.timesteps)
+    fits = [fit_noise(quantized[steps].flatten(0, 1), original[steps].flatten(0, 1)) for steps in rows.positions]
+    tables = {name: torch.stack([getattr(fit, name) for fit in fits]).float() for name in ("slope", "bias", "variance")}
+    return Record({name: table[rows.of_group] for name, table in tables.items()})
+
+
+def apply_correction(denoiser: nn.Module, record: Record) -> None:
+    """Let the denoiser correct what it puts out."""
+    attach_correction(denoiser, record.tensors["bias"].shape[1]).set_rows(
+        record.tensors["slope"], record.tensors["bias"]
+    )

@@ -1,0 +1,43 @@
+"""Weigh: how much each recorded step counts in calibration, by the recipe's law."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from tcaq.models.sampler import Trajectories
+from tcaq.numerics.shares import active, skewed_normal
+from tcaq.records import Record
+from tcaq.spec.law import Active, Even, Law, SkewedNormal, Stride
+
+BINS = 64
+
+
+def weigh(pipe: DiffusionPipeline, trajectories: Trajectories, law: Law) -> Record:
+    """Record `weights`, float64 [steps]."""
+    steps, images = trajectories.samples.shape[:2]
+    match law:
+        case SkewedNormal():
+            last = float(pipe.scheduler.config.num_train_timesteps - 1)
+            weights = skewed_normal(trajectories.timesteps, last, law.mean, law.deviation)
+        case Stride():
+            weights = (torch.arange(steps) % law.every == 0).double()
+        case Active():
+            weights = active(entropies(trajectories), steps * images, law.price).double()
+        case Even():
+            weights = torch.ones(steps, dtype=torch.float64)
+    return Record({"weights": weights})
+
+
+def entropies(trajectories: Trajectories) -> Tensor:
+    """Entropy of the pixel values of x_t at each step, in nats, from a histogram over [-4, 4]; float64 [steps].
+
+    Early on x_t is white noise, whose values say most; as the image appears they gather. The paper does not say which entropy it
+    takes: this is ours.
+    """
+    found = []
+    for x in trajectories.samples:
+        counts = torch.histc(x.float().clamp(-4, 4), BINS, -4, 4).double()
+        found.append(torch.special.entr(counts / counts.sum()).sum())
+    return torch.stack(found)
