@@ -15,6 +15,7 @@ TINY = {
     "ranges": {"input_candidates": 4, "weight_candidates": 4, "values": 500},
     "reconstruction": {"iterations": 2, "inputs": 4, "batch": 4},
     "alignment": None,
+    "network": {"iterations": 2, "inputs": 4, "batch": 4},
 }
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from types import ModuleType
+
 import pytest
 import torch
 from diffusers import DDIMPipeline
@@ -21,13 +25,14 @@ from tcaq.numerics.correction import fit_noise
 from tcaq.numerics.shares import skewed_normal
 from tcaq.recipes.presets import PRESETS, preset_recipe
 from tcaq.recipes.quantize import quantize, resolved_plan
-from tcaq.recipes.registry import RECIPES, entry
+from tcaq.recipes.registry import RECIPES, Entry, entry
 from tcaq.runs import Run
 
 SMALL = {
     "calibration": {"images": 4, "steps": 6, "batch": 2},
-    "ranges": {"values": 200},
+    "ranges": {"values": 200, "weight_candidates": 10, "input_candidates": 10},
     "reconstruction": {"iterations": 3, "inputs": 8, "batch": 4},
+    "grouping": {"groups": 3, "iterations": 3, "inputs": 8, "batch": 4},
 }
 
 
@@ -141,6 +146,18 @@ def test_the_authors_plans_differ_as_their_codes_do(tiny_pipeline):
     assert rows("ptq4dm")[conv].weight.symmetric
     assert [grid.bits for grid in rows("qdiffusion")[mix].inputs] == [8, 4]
     assert not rows("qdiffusion")[conv].weight.symmetric
+
+
+def test_the_recipe_in_the_documentation_works(tiny_pipeline, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "add-a-recipe.md").read_text()
+    code, line = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(code.splitlines()) < 80
+    module = ModuleType("stepwise")
+    exec(compile(code, "stepwise", "exec"), module.__dict__)
+    added = eval("{" + line + "}", {"Entry": Entry, "stepwise": module})
+    monkeypatch.setitem(RECIPES, "stepwise", added["stepwise"])
+    quantize(tiny_pipeline(), small("stepwise"), tmp_path / "out")
+    assert "reconstruct/0" in Run.read(tmp_path / "out" / "run").finished()
 
 
 def test_an_unknown_recipe_is_answered_with_those_there_are():

@@ -41,6 +41,10 @@ def quantize_command(
         str | None,
         typer.Option(help="Extractor by which alignment decides when to stop. [default: reference for it, else none]"),
     ] = None,
+    share: Annotated[
+        Path | None,
+        typer.Option(help="Folder that keeps the float model's trajectories for other quantizations of MODEL."),
+    ] = None,
     as_json: opt.JsonFlag = False,
 ) -> None:
     """Quantize MODEL and write a checkpoint that diffusers loads after `import tcaq`."""
@@ -51,7 +55,8 @@ def quantize_command(
     rules = opt.read_plan(plan)
     pipe = open_float(model)
     with stage_progress(quiet=as_json) as on_progress:
-        quantize(pipe, spec, output, plan=rules, judge=make_judge(model, features), on_progress=on_progress)
+        judge = make_judge(model, features)
+        quantize(pipe, spec, output, plan=rules, judge=judge, share=share, on_progress=on_progress)
     run = Run.read(output / RUN_FOLDER)
     timings = run.timings().values()
     seconds, peak = sum(t["seconds"] for t in timings), max(t["peak_memory"] for t in timings)

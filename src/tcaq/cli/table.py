@@ -17,7 +17,7 @@ def plan_table(plan: ResolvedPlan) -> Table:
     for layer in plan.layers:
         weight = str(layer.weight) if layer.weight else ("" if layer.kind in ("scores", "mix") else "float")
         inputs = ", ".join(map(str, layer.inputs)) or "float"
-        table.add_row(layer.name, layer.kind, weight, inputs, layer.reason or "")
+        table.add_row(layer.name, layer.kind, weight, inputs, layer.remark)
     return table
 
 

@@ -27,7 +27,7 @@ class AffineQuantizer(nn.Module):
         self.low, self.high = code_range(grid.bits, grid.signed)
         # a tuple keeps the shared clock out of this module's children: it belongs to the denoiser
         self._clock = (clock,)
-        self.log_gain: nn.Parameter | None = None
+        self.log_gain: Tensor | None = None
         self._gain_of = torch.zeros(clock.count, dtype=torch.int64)
         self.register_buffer("scale", torch.ones(clock.count))
         self.register_buffer("zero_point", torch.zeros(clock.count, dtype=torch.int16))
@@ -54,12 +54,18 @@ class AffineQuantizer(nn.Module):
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
 
+    def follow(self, scale: Tensor) -> None:
+        """Use these scales, float [groups], in place of the table until `log_gain` is None again; gradients reach them."""
+        self._gain_of = torch.arange(len(self.scale))
+        self.log_gain = torch.log(scale / self.scale)
+
     def begin_learning(self) -> list[nn.Parameter]:
         """Start to learn the step sizes; returns what an optimizer must own."""
         rows = torch.stack([self.scale, self.zero_point.to(self.scale.dtype)], dim=1)
         different, self._gain_of = torch.unique(rows, dim=0, return_inverse=True)
-        self.log_gain = nn.Parameter(self.scale.new_zeros(len(different)))
-        return [self.log_gain]
+        gain = nn.Parameter(self.scale.new_zeros(len(different)))
+        self.log_gain = gain
+        return [gain]
 
     def end_learning(self) -> None:
         """Fold what was learned into `scale`."""

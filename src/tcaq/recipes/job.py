@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -17,15 +19,17 @@ from tcaq.models.scheduler import noise_aware
 from tcaq.models.seeds import image_seeds
 from tcaq.models.time import time_unit
 from tcaq.models.units import Unit, execution_order
+from tcaq.recipes.share import share_collection
 from tcaq.records import Record
 from tcaq.runs import Run
 from tcaq.spec.law import Even
 from tcaq.spec.plan import ResolvedPlan
-from tcaq.spec.recipe import Daq, Recipe
+from tcaq.spec.recipe import Daq, Grouping, Recipe
 from tcaq.spec.steps import StepGroups
 from tcaq.stages.collect import collect, images_of, trajectories_of
 from tcaq.stages.correct import apply_correction, correct
 from tcaq.stages.equalize import apply_vectors, equalize
+from tcaq.stages.group import group
 from tcaq.stages.observe import observe
 from tcaq.stages.reconstruct import Fit, Reconstructor, apply_unit, fit, time_teaching
 from tcaq.stages.rows import Classes, own_rows, table_rows
@@ -54,6 +58,7 @@ class Job:
     plan: ResolvedPlan
     run: Run
     judge: Judge | None = None
+    share: Path | None = None
     groups: StepGroups = field(default_factory=StepGroups)
     units: list[Unit] = field(default_factory=list)
     classes: Classes = own_rows
@@ -68,12 +73,16 @@ class Job:
         """Sample the calibration images with the model as it is now: the float one before `insert`."""
         spec = self.recipe.calibration
         groups = list(batches(image_seeds("calibration", self.recipe.seed, 0, spec.images), spec.batch))
-        parts: list[Record] = []
-        self.run.series(
-            f"collect/{round_}", [f"batch-{i}" for i in range(len(groups))],
-            lambda item: collect(self.pipe, groups[int(item.removeprefix("batch-"))], spec.steps),
-            lambda _, record: parts.append(record),
-        )  # fmt: skip
+        items, parts = [f"batch-{i}" for i in range(len(groups))], list[Record]()
+
+        def compute(item: str) -> Record:
+            return collect(self.pipe, groups[int(item.removeprefix("batch-"))], spec.steps)
+
+        shared = round_ == 0 and self.share is not None
+        source = (
+            share_collection(cast(Path, self.share), dict(self.run.identity), items, compute) if shared else compute
+        )
+        self.run.series(f"collect/{round_}", items, source, lambda _, record: parts.append(record))
         return Collected(
             Trajectories.join([trajectories_of(part) for part in parts]), torch.cat([images_of(part) for part in parts])
         )
@@ -115,12 +124,25 @@ class Job:
                 "equalize", lambda: equalize(self.denoiser, ranges, spec), lambda r: apply_vectors(self.denoiser, r)
             )
 
-    def scale(self, ranges: Record) -> None:
-        """First scales of weights and inputs; weights rounded to the nearest code."""
+    def scale_weights(self, ranges: Record) -> None:
+        """First scales of weights; every weight rounded to the nearest code."""
         denoiser, spec = self.denoiser, self.recipe.ranges
         self.run.step(
             "scale/weights", lambda: scale_weights(denoiser, ranges, spec), lambda r: apply_weight_scales(denoiser, r)
         )
+
+    def group(self, trajectories: Trajectories, ranges: Record) -> None:
+        """Learn which steps share a row; all further stages go by that."""
+        recipe, denoiser = self.recipe, self.denoiser
+        spec = recipe.grouping or Grouping()
+        record = self.run.step(
+            "group", lambda: group(denoiser, trajectories, ranges, recipe.ranges, spec, recipe.seed), lambda r: r
+        )
+        self.classes = lambda _: record.tensors["classes"]
+
+    def scale_inputs(self, ranges: Record) -> None:
+        """First scales of affine operands."""
+        denoiser, spec = self.denoiser, self.recipe.ranges
         self.run.step(
             "scale/inputs",
             lambda: scale_inputs(denoiser, ranges, spec, self.classes),

@@ -50,13 +50,15 @@ def quantize(
     *,
     plan: Plan | None = None,
     judge: Judge | None = None,
+    share: Path | None = None,
     on_progress: OnProgress = silent,
 ) -> DiffusionPipeline:
     """Quantize the denoiser of a pipeline in place.
 
     Args: recipe: what to do (default: `tcaq`, W4A4); output: folder for the run and the checkpoint - a second call with the same
         arguments goes on where the first one stopped; without it nothing is kept on disk; plan: rules in place of the
-        default ones; judge: distance between float and quantized images by which alignment decides when to stop.
+        default ones; judge: distance between float and quantized images by which alignment decides when to stop;
+        share: folder where the float model's trajectories stay for other quantizations of it.
     Returns: the same pipeline, its denoiser holding packed integer codes; `save_pretrained` writes the checkpoint.
     Raises: UsageError, PlanError, ModelError, NumericalError, RunError.
     """
@@ -67,7 +69,7 @@ def quantize(
     with tempfile.TemporaryDirectory(prefix="tcaq-run-") as temporary:
         folder = Path(output) / RUN_FOLDER if output is not None else Path(temporary) / RUN_FOLDER
         with Run.open(folder, who, on_progress) as run:
-            job = Job(pipe, recipe, table, run, judge)
+            job = Job(pipe, recipe, table, run, judge, share)
             program(job)
         config = TcaqConfig(plan=table, groups=job.groups, recipe=recipe.model_dump(mode="json"))
         if (correction := correction_of(job.denoiser)) is not None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from tcaq.errors import UsageError
 from tcaq.models.units import default_plan
-from tcaq.recipes import minmax, mse, ptq4dm, ptqd, qdiffusion, tcaq, tfmqdm
+from tcaq.recipes import apqdm, minmax, mse, ptq4dm, ptqd, qdiffusion, tcaq, tfmqdm
 from tcaq.recipes.job import Job
 from tcaq.spec.plan import Plan
 from tcaq.spec.recipe import Recipe
@@ -44,6 +44,7 @@ RECIPES = {
     "ptq4dm": Entry(ptq4dm.ptq4dm, ptq4dm.OPTIONS, author=ptq4dm.AUTHOR),
     "qdiffusion": Entry(qdiffusion.qdiffusion, qdiffusion.OPTIONS, qdiffusion.TRAITS, qdiffusion.AUTHOR),
     "ptqd": Entry(ptqd.ptqd, ptqd.OPTIONS),
+    "apqdm": Entry(apqdm.apqdm, apqdm.OPTIONS, author=apqdm.AUTHOR),
     "tfmqdm": Entry(tfmqdm.tfmqdm, tfmqdm.OPTIONS, author=tfmqdm.AUTHOR),
     "tcaq": Entry(tcaq.tcaq),
 }

@@ -15,6 +15,7 @@ def start(job: Job) -> Collected:
     job.insert(trajectories)
     ranges = job.observe(trajectories)
     job.equalize(ranges)
-    job.scale(ranges)
+    job.scale_weights(ranges)
+    job.scale_inputs(ranges)
     job.select(ranges)
     return Collected(trajectories, data.images)

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from tcaq.errors import UsageError
-from tcaq.records import JSON, replacing
+from tcaq.records import JSON
 from tcaq.report import table
 from tcaq.report.figures import Curve, daq_figure, loss_figure, ranges_figure, sqnr_figure
-from tcaq.report.grid import grid_image
 from tcaq.report.story import Choice, EqualizedLayer, Story, imbalance, read_story, spread, weight_bytes
+from tcaq.report.strips import strips
+from tcaq.report.template import write_page
 from tcaq.spec.plan import LayerGrids
 
-STRIP_WIDTH = 1024
-"""Pixels a strip of samples may be wide; the text column of the page is about as wide."""
-TILE = 128
-"""Pixels beyond which samples are shrunk, so that the page stays small."""
-STRIPS = 3
 TELLING_LAYERS = 3
 
 
@@ -64,16 +56,7 @@ def write_report(
     names = [entry.name for entry in entries]
     if len(set(names)) != len(names):
         raise UsageError(f"entries of a report need names that differ, given {', '.join(map(repr, names))}")
-    environment = Environment(
-        loader=PackageLoader("tcaq", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    text = environment.get_template("page.html.j2").render(_context(title, entries, float_images, details, float_bytes))
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_page(path, "page.html.j2", _context(title, entries, float_images, details, float_bytes))
 
 
 def _context(
@@ -91,7 +74,7 @@ def _context(
         "details": details,
         "columns": table.columns(blocks),
         "blocks": blocks,
-        "strips": _strips([("float", float_images), *((e.name, e.images) for e in entries)]),
+        "strips": strips([("float", float_images), *((e.name, e.images) for e in entries)]),
         "sqnr": sqnr_figure(curves, "sqnr") if curves else None,
         "parts": [_part(e, s, f"entry-{i}") for i, (e, s) in enumerate(zip(entries, stories, strict=True))],
     }
@@ -126,43 +109,6 @@ def _part(entry: Entry, story: Story, name: str) -> dict[str, Any]:
 def _curve(entry: Entry) -> Curve | None:
     steps = entry.evaluation["paired"]["sqnr_per_step"] if entry.evaluation else []
     return Curve(entry.name, [s["timestep"] for s in steps], [s["sqnr"] for s in steps]) if steps else None
-
-
-def _strips(models: Sequence[tuple[str, Tensor]]) -> list[list[dict[str, str]]]:
-    """Blocks of rows, one row a model; all images of a column come from one seed."""
-    count = min(len(images) for _, images in models)
-    if count == 0:
-        return []
-    shown = [(label, _shrunk(images[:count])) for label, images in models]
-    width = shown[0][1].shape[-1]
-    scale = max(1, 64 // width)
-    columns = min(count, max(1, STRIP_WIDTH // (scale * (width + 2))))
-    starts = range(0, min(count - count % columns, STRIPS * columns), columns)
-    return [
-        [
-            {
-                "label": label,
-                "alt": f"{columns} samples of {label}, number {start + 1} to {start + columns}",
-                "source": _data_uri(images[start : start + columns], columns, scale),
-            }
-            for label, images in shown
-        ]
-        for start in starts
-    ]
-
-
-def _shrunk(images: Tensor) -> Tensor:
-    if images.ndim != 4 or images.shape[-1] <= TILE:
-        return images
-    size = (round(images.shape[-2] * TILE / images.shape[-1]), TILE)
-    small = interpolate(images.float(), size=size, mode="bilinear", antialias=True, align_corners=False)
-    return small.round().clamp(0, 255).to(images.dtype)
-
-
-def _data_uri(images: Tensor, columns: int, scale: int) -> str:
-    buffer = BytesIO()
-    grid_image(images, columns, scale, transparent=True).save(buffer, format="PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _ranges(layers: Sequence[EqualizedLayer], name: str) -> dict[str, Any] | None:

@@ -77,6 +77,11 @@ class LayerGrids(Spec):
         """Whether the layer keeps its original arithmetic."""
         return self.weight is None and not self.inputs
 
+    @property
+    def remark(self) -> str:
+        """What a table says beside the grids."""
+        return self.reason or (f"split after channel {self.split}" if self.split else "")
+
 
 class ResolvedPlan(Spec):
     """The table of a plan over one model: a row for every layer, in the model's order."""

@@ -110,6 +110,20 @@ class NetworkFit(Spec):
         return Reconstruction(**self.model_dump(), rounding_rate=0.0, drop=0.0)
 
 
+class Grouping(Spec):
+    """A search for `groups` sets of steps that share their grids (APQ-DM).
+
+    `confidence` is how far a step's weight for its first group leads the others when the search begins.
+    """
+
+    groups: Annotated[int, Field(ge=2)] = 8
+    iterations: Positive = 200
+    inputs: Positive = 512
+    batch: Positive = 16
+    rate: Annotated[float, Field(gt=0)] = 0.1
+    confidence: Annotated[float, Field(gt=0)] = 2.0
+
+
 class Alignment(Spec):
     """Progressively aligned reconstruction: further rounds on trajectories of the quantized model.
 
@@ -137,6 +151,7 @@ class Recipe(Spec):
     ranges: RangeSearch = RangeSearch()
     tcr: Tcr | None = Tcr()
     daq: Daq | None = Daq()
+    grouping: Grouping | None = None
     reconstruction: Reconstruction | None = Reconstruction()
     alignment: Alignment | None = Alignment()
     network: NetworkFit | None = NetworkFit()

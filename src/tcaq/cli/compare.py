@@ -1,0 +1,203 @@
+"""`tcaq compare`: several recipes at several widths, one protocol, one table."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+from rich.table import Table
+from torch import Tensor
+
+from tcaq.checkpoint import load
+from tcaq.cli import options as opt
+from tcaq.cli.app import app, console, notes
+from tcaq.cli.models import open_float
+from tcaq.cli.progress import stage_progress
+from tcaq.errors import RunError, UsageError
+from tcaq.evaluate.evaluate import versions
+from tcaq.evaluate.features import load_features
+from tcaq.evaluate.protocol import Protocol, evaluate
+from tcaq.evaluate.sampling import sample_for_evaluation
+from tcaq.recipes.presets import preset_recipe
+from tcaq.recipes.quantize import RUN_FOLDER
+from tcaq.recipes.registry import RECIPES
+from tcaq.records import read_json, replacing, write_json
+from tcaq.report.comparison import HEADINGS, markdown, rows, write_comparison
+from tcaq.report.story import weight_bytes
+from tcaq.runs import Run
+from tcaq.spec.recipe import Recipe
+
+SHOWN = 16
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A recipe, a name or a JSON file, at a width."""
+
+    recipe: str
+    weights: int
+    activations: int
+
+    @property
+    def bits(self) -> str:
+        """As the command takes it."""
+        return f"w{self.weights}a{self.activations}"
+
+    @property
+    def label(self) -> str:
+        """What the table calls the recipe."""
+        return Path(self.recipe).stem
+
+    def folder(self, output: Path, seed: int) -> Path:
+        """Where its checkpoint goes."""
+        return output / "cells" / f"{self.label}-{self.bits}-{seed}"
+
+
+@app.command("compare")
+def compare_command(
+    model: opt.ModelArgument,
+    output: Annotated[Path, typer.Option(help="Folder for everything; run again to go on.")],
+    recipes: Annotated[str, typer.Option(help="Names or recipes' JSON files, with commas between.")] = ",".join(
+        RECIPES
+    ),
+    bits: Annotated[
+        str, typer.Option(help="Widths of weights and activations, with commas between.")
+    ] = "w8a8,w6a6,w4a8,w4a4",
+    preset: opt.PresetOption = "full",
+    plan: opt.PlanOption = "same",
+    num: Annotated[int, typer.Option(min=SHOWN, help="Images of each model and seed.")] = 2000,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
+    seeds: Annotated[
+        str, typer.Option(help="Each seed calibrates anew and samples anew; calibration and evaluation share no noise.")
+    ] = "1",
+    features: Annotated[str, typer.Option(help="reference, inception, dinov2, or module:attribute.")] = "reference",
+) -> None:
+    """Quantize MODEL by every recipe at every width, measure all of them alike, and write compare.json, .md and .html."""
+    cells = list(parse_cells(recipes, bits, preset, plan))
+    numbers = parse_seeds(seeds)
+    protocol = {
+        "model": model, "preset": preset, "plan": plan, "images": num, "steps": steps, "features": features,
+        "versions": versions(),
+    }  # fmt: skip
+    results = open_results(output / "compare.json", protocol)
+    for cell in cells:
+        for seed in numbers:
+            entry = entry_of(results, cell)
+            if str(seed) in entry["seeds"]:
+                continue
+            notes.print(f"{cell.label} {cell.bits}, seed {seed}")
+            entry["seeds"][str(seed)] = measure(model, cell, seed, protocol, output)
+            write_json(output / "compare.json", results)
+    finish(model, cells, numbers, results, output)
+
+
+def parse_cells(recipes: str, bits: str, preset: str, plan: str) -> Iterator[Cell]:
+    """Width by width, every recipe. Raises: UsageError for an unknown recipe, preset, width or plan, before anything runs."""
+    for width in filter(None, bits.lower().split(",")):
+        found = re.fullmatch(r"w(\d+)a(\d+)", width.strip())
+        if found is None:
+            raise UsageError(f"--bits {width!r}: give widths like w4a8, with commas between")
+        for name in filter(None, recipes.split(",")):
+            cell = Cell(name.strip(), int(found[1]), int(found[2]))
+            widths = {"weights": cell.weights, "activations": cell.activations}
+            if cell.recipe.endswith(".json"):
+                Recipe.read(Path(cell.recipe)).changed(widths)
+            else:
+                preset_recipe(cell.recipe, preset, **widths)
+            yield cell
+    opt.read_plan(plan)
+
+
+def parse_seeds(seeds: str) -> list[int]:
+    """Whole numbers. Raises: UsageError."""
+    parts = [part.strip() for part in seeds.split(",")]
+    if not all(part.isdecimal() for part in parts) or len(set(parts)) != len(parts):
+        raise UsageError(f"--seeds {seeds!r}: give different whole numbers from 0, with commas between")
+    return [int(part) for part in parts]
+
+
+def open_results(path: Path, protocol: dict[str, Any]) -> dict[str, Any]:
+    """What was measured so far. Raises: UsageError if it was measured by another protocol."""
+    if not path.exists():
+        return {"protocol": protocol, "cells": []}
+    results: dict[str, Any] = read_json(path)
+    there = results.get("protocol", {})
+    if changed := [name for name, value in protocol.items() if there.get(name) != value]:
+        lines = ", ".join(f"{name} {there.get(name)!r} there, {protocol[name]!r} now" for name in changed)
+        raise UsageError(f"{path} was measured another way ({lines}); give another --output")
+    return results
+
+
+def entry_of(results: dict[str, Any], cell: Cell) -> dict[str, Any]:
+    """The cell's entry in the results, made if it is not there."""
+    for entry in results["cells"]:
+        if (entry["recipe"], entry["bits"]) == (cell.label, cell.bits):
+            return cast(dict[str, Any], entry)
+    results["cells"].append({"recipe": cell.label, "bits": cell.bits, "seeds": {}})
+    return entry_of(results, cell)
+
+
+def measure(model: str, cell: Cell, seed: int, protocol: dict[str, Any], output: Path) -> dict[str, Any]:
+    """Quantize and evaluate one cell with one seed; both go on where they stopped."""
+    folder = cell.folder(output, seed)
+    make_checkpoint(model, cell, seed, protocol, output)
+    with stage_progress() as on_progress:
+        how = evaluation(protocol, seed, output)
+        result, _, _ = evaluate(open_float(model), load(folder), how, on_progress)
+    timings = Run.read(folder / RUN_FOLDER).timings().values()
+    return {
+        "quantize_seconds": round(sum(t["seconds"] for t in timings), 1),
+        "quantize_peak_memory": max(t["peak_memory"] for t in timings),
+        "weight_bytes": weight_bytes(folder),
+        "evaluation": result.model_dump(mode="json"),
+    }
+
+
+def make_checkpoint(model: str, cell: Cell, seed: int, protocol: dict[str, Any], output: Path) -> None:
+    """Quantize in a process of its own, so that its peak memory is its own. Raises: RunError if that fails."""
+    command = [
+        sys.executable, "-m", "tcaq", "quantize", model, "--output", cell.folder(output, seed), "--recipe", cell.recipe,
+        "--weights", cell.weights, "--activations", cell.activations, "--preset", protocol["preset"],
+        "--plan", protocol["plan"], "--seed", seed, "--share", output / "trajectories",
+    ]  # fmt: skip
+    code = subprocess.run([str(part) for part in command], stdout=subprocess.DEVNULL, check=False).returncode
+    if code != 0:
+        raise RunError(f"quantizing {cell.label} {cell.bits} with seed {seed} ended with exit code {code}; see above")
+
+
+def evaluation(protocol: dict[str, Any], seed: int, output: Path) -> Protocol:
+    """The protocol of one seed."""
+    extractor = load_features(protocol["features"])
+    return Protocol(extractor, output / "samples", protocol["images"], protocol["steps"], seed)
+
+
+def finish(model: str, cells: list[Cell], seeds: list[int], results: dict[str, Any], output: Path) -> None:
+    """Print the table and write it as Markdown and as a page with samples of the first seed."""
+    samples: dict[str, list[tuple[str, Tensor]]] = {}
+    how = evaluation(results["protocol"], seeds[0], output)
+    float_images = first_images(open_float(model), how)
+    for cell in cells:
+        images = first_images(load(cell.folder(output, seeds[0])), how)
+        samples.setdefault(cell.bits, [("float", float_images)]).append((cell.label, images))
+    with replacing(output / "compare.md") as path:
+        path.write_text(markdown(results), encoding="utf-8")
+    write_comparison(output / "compare.html", f"Recipes compared: {model}", results, samples)
+    table = Table(*HEADINGS)
+    for row in rows(results):
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"open {output / 'compare.html'} in a browser")
+
+
+def first_images(pipe: Any, how: Protocol) -> Tensor:
+    """Some of a model's evaluation images, which are on disk by now."""
+    sampled = sample_for_evaluation(
+        pipe, how.work, num=how.num, steps=how.steps, seed=how.seed, batch=how.batch
+    )  # fmt: skip
+    return sampled.images[:SHOWN]
