@@ -61,7 +61,7 @@ def test_quantize_obeys_its_options_and_resumes(folders):
     root, summary = folders
     assert summary["recipe"]["activations"] == 6
     assert summary["recipe"]["step_groups"] == 2
-    assert summary["recipe"]["calibration"] == {"images": 2, "steps": 3, "batch": 32}
+    assert summary["recipe"]["calibration"] == {"images": 2, "steps": 3, "batch": 32, "law": {"kind": "even"}}
     assert (root / "w4a4" / "model_index.json").is_file()
     again = invoke(*quantization(root), "--json")
     assert again.exit_code == 0

@@ -17,7 +17,8 @@ class WeightQuantizer(nn.Module):
     """Holds a weight as packed codes.
 
     Attributes: codes: uint8 [ceil(numel * bits / 8)]; scale: float32 [out]; zero_point: int16 [out];
-        alpha: None, or AdaRound's variable in the weight's shape while rounding is learned.
+        alpha: None, or AdaRound's variable in the weight's shape while rounding is learned; log_gain: None, or float32 [out] while
+        step sizes are learned and the codes stay: the scale in use is `scale * exp(log_gain)`.
     """
 
     codes: Tensor
@@ -30,6 +31,7 @@ class WeightQuantizer(nn.Module):
         self.shape = shape
         self.low, self.high = code_range(grid.bits, grid.signed)
         self.alpha: nn.Parameter | None = None
+        self.log_gain: nn.Parameter | None = None
         self.register_buffer("codes", torch.zeros(math.ceil(shape.numel() * grid.bits / 8), dtype=torch.uint8))
         self.register_buffer("scale", torch.ones(shape[0]))
         self.register_buffer("zero_point", torch.zeros(shape[0], dtype=torch.int16))
@@ -42,6 +44,8 @@ class WeightQuantizer(nn.Module):
         scale, zero_point = self._rows(self.scale), self._rows(self.zero_point)
         if self.alpha is not None and weight is not None:
             return soft_round(weight, self.alpha, scale, zero_point, self.low, self.high)
+        if self.log_gain is not None:
+            scale = scale * self._rows(self.log_gain.exp())
         return dequantize(self.integers().to(scale.dtype), scale, zero_point)
 
     def integers(self) -> Tensor:
@@ -65,12 +69,20 @@ class WeightQuantizer(nn.Module):
         self.alpha = nn.Parameter(initial_alpha(weight.float(), rows, up, trust))
         return [self.alpha]
 
+    def begin_scaling(self) -> list[nn.Parameter]:
+        """Start to learn the step sizes under codes that stay; returns what an optimizer must own."""
+        self.log_gain = nn.Parameter(torch.zeros_like(self.scale))
+        return [self.log_gain]
+
     def penalty(self, beta: float) -> Tensor:
         """AdaRound's pull towards decided roundings; zero when rounding is not being learned."""
         return self.scale.new_zeros(()) if self.alpha is None else rounding_penalty(self.alpha, beta)
 
     def end_learning(self, weight: Tensor) -> None:
-        """Decide every rounding and store the codes."""
+        """Decide every rounding and store the codes; fold learned step sizes into `scale`."""
+        if self.log_gain is not None:
+            self.scale.mul_(self.log_gain.detach().exp())
+            self.log_gain = None
         if self.alpha is not None:
             rows, zeros = self._rows(self.scale), self._rows(self.zero_point)
             self._store(hard_codes(weight.float(), self.alpha.detach() >= 0, rows, zeros, self.low, self.high))

@@ -73,7 +73,8 @@ class Reconstruction(Spec):
     """Block reconstruction: AdaRound and learned step sizes, unit by unit in execution order.
 
     `penalty` weighs the mean rounding penalty of a unit's weights against its loss, relative to the loss it starts from: the same
-    number means the same pull for every unit, whatever the size of its output. A rate of 0 leaves that part as it is;
+    number means the same pull for every unit, whatever the size of its output. A rate of 0 leaves that part as it is:
+    `scale_rate` is that of the inputs' step sizes, `weight_rate` of the weights', wherever roundings are not learned as well;
     `bias_rate` corrects the biases, in what one code of a layer's input is worth in its output. `balance` "steps" divides the loss
     by the one each step group starts from, "all" by their mean, under which the steps with the largest errors decide alone.
     """
@@ -84,6 +85,7 @@ class Reconstruction(Spec):
     schedule: Literal["joint", "two-phase"] = "joint"
     rounding_rate: Annotated[float, Field(ge=0)] = 3e-2
     scale_rate: Annotated[float, Field(ge=0)] = 3e-3
+    weight_rate: Annotated[float, Field(ge=0)] = 0.0
     bias_rate: Annotated[float, Field(ge=0)] = 0.0
     power: Annotated[float, Field(gt=0)] = 2.0
     balance: Literal["all", "steps"] = "steps"
@@ -102,6 +104,7 @@ class NetworkFit(Spec):
     batch: Positive = 16
     inputs: Positive = 1024
     scale_rate: Annotated[float, Field(ge=0)] = 3e-3
+    weight_rate: Annotated[float, Field(ge=0)] = 0.0
     bias_rate: Annotated[float, Field(ge=0)] = 1e-2
     balance: Literal["all", "steps"] = "steps"
 

@@ -230,6 +230,8 @@ def begin(
         if rounding and spec.rounding_rate and isinstance(layer, QuantizedWeight):
             alpha = layer.weight_quantizer.begin_learning(layer.equalized_weight().detach(), trust)
             groups.append({"params": alpha, "lr": spec.rounding_rate})
+        elif scales and spec.weight_rate and isinstance(layer, QuantizedWeight):
+            groups.append({"params": layer.weight_quantizer.begin_scaling(), "lr": spec.weight_rate})
         if scales and spec.bias_rate and isinstance(layer, QuantizedWeight):
             groups.append({"params": layer.learn_bias(), "lr": spec.bias_rate * layer.output_step()})
         for quantizer in layer.operands.values():
