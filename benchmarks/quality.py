@@ -29,7 +29,8 @@ PARTS = {
     "no-daq": ["--no-daq"],
     "no-par": ["--rounds", "0"],
     "no-network": ["--no-network"],
-    "none": ["--no-tcr", "--no-daq", "--rounds", "0", "--no-network"],
+    "no-correction": ["--no-correction"],
+    "none": ["--no-tcr", "--no-daq", "--rounds", "0", "--no-network", "--no-correction"],
 }
 ABLATED = ("w6a6", "w4a4")
 

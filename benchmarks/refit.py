@@ -102,8 +102,10 @@ def main() -> None:
         pair, sqnr = scores.paired, [step.sqnr for step in scores.paired.sqnr_per_step]
         shift = float(quantized.images.float().mean() - float_.images.float().mean())
         print(
-            f"{start:14s} {text:40s} ratio {scores.ratio.fd:6.3f}  FD {scores.quantized.fd:6.3f}  "
-            f"to float {pair.fd_to_float:6.3f}  PSNR {pair.psnr:5.2f}  mean SQNR {sum(sqnr) / len(sqnr):5.2f}  gray {shift:+5.2f}  {losses}  {spent:4.0f} s",
+            f"{start:14s} {text:40s} ratio {scores.ratio.fd:6.3f}  FD {scores.quantized.fd:6.3f}",
+            f"to float {pair.fd_to_float:6.3f}  PSNR {pair.psnr:5.2f}  mean SQNR {sum(sqnr) / len(sqnr):5.2f}",
+            f"gray {shift:+5.2f}  {losses}  {spent:4.0f} s",
+            sep="  ",
             flush=True,
         )
 

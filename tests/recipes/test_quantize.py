@@ -61,7 +61,8 @@ def test_checkpoint_loads_through_diffusers_and_is_the_model_in_memory(done):
 def test_every_stage_leaves_its_record(done):
     run = Run.read(done[1] / "run")
     assert run.finished() == [
-        "collect/0", "collect/1", "collect/2", "equalize", "network", "observe", "reconstruct/0", "reconstruct/1",
+        "collect/0", "collect/1", "collect/2", "collect/3", "correct", "equalize", "network", "observe", "reconstruct/0",
+        "reconstruct/1",
         "scale/inputs", "scale/weights", "select",
     ]  # fmt: skip
     losses = [record.meta for _, record in run.results("reconstruct/0")]
@@ -115,6 +116,7 @@ def test_eight_bits_are_closer_than_four(tiny_pipeline):
         ({"tcr": None}, "equalize"),
         ({"alignment": None}, "reconstruct/1"),
         ({"network": None}, "network"),
+        ({"correction": None}, "correct"),
         ({"reconstruction": None}, "reconstruct/0"),
     ],
 )

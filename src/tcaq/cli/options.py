@@ -30,6 +30,7 @@ GroupsOption = Annotated[
 NoTcrOption = Annotated[bool, typer.Option("--no-tcr", help="Leave out the timestep-channel reparameterization.")]
 NoDaqOption = Annotated[bool, typer.Option("--no-daq", help="Even grids for all attention probabilities.")]
 NoNetworkOption = Annotated[bool, typer.Option("--no-network", help="No last fit of the whole denoiser.")]
+NoCorrectionOption = Annotated[bool, typer.Option("--no-correction", help="No correction of predicted noise.")]
 RoundsOption = Annotated[int | None, typer.Option(help="Rounds of progressive alignment; 0: none.", show_default=False)]
 SeedOption = Annotated[int, typer.Option(help="Seed of calibration.")]
 MemoryOption = Annotated[
@@ -47,7 +48,7 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for a program
 
 def make_recipe(
     recipe: str, preset: str, *, weights: int | None, activations: int | None, steps: int | None, samples: int | None,
-    step_groups: str | None, no_tcr: bool, no_daq: bool, no_network: bool, rounds: int | None, seed: int,
+    step_groups: str | None, no_tcr: bool, no_daq: bool, no_network: bool, no_correction: bool, rounds: int | None, seed: int,
     memory: float | None, plan: str = "same",
 ) -> Recipe:  # fmt: skip
     """The recipe that the options name: a program at a preset or a file, then every option that was given.
@@ -67,6 +68,8 @@ def make_recipe(
         changes["daq"] = None
     if no_network:
         changes["network"] = None
+    if no_correction:
+        changes["correction"] = None
     if rounds is not None:
         changes["alignment"] = {"rounds": rounds} if rounds else None
     named = not recipe.endswith(".json")

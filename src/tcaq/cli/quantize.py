@@ -34,6 +34,7 @@ def quantize_command(
     no_daq: opt.NoDaqOption = False,
     rounds: opt.RoundsOption = None,
     no_network: opt.NoNetworkOption = False,
+    no_correction: opt.NoCorrectionOption = False,
     seed: opt.SeedOption = 0,
     memory: opt.MemoryOption = None,
     plan: opt.PlanOption = "same",
@@ -50,7 +51,8 @@ def quantize_command(
     """Quantize MODEL and write a checkpoint that diffusers loads after `import tcaq`."""
     spec = opt.make_recipe(
         recipe, preset, weights=weights, activations=activations, steps=steps, samples=samples, step_groups=step_groups,
-        no_tcr=no_tcr, no_daq=no_daq, no_network=no_network, rounds=rounds, seed=seed, memory=memory, plan=plan,
+        no_tcr=no_tcr, no_daq=no_daq, no_network=no_network,
+        no_correction=no_correction, rounds=rounds, seed=seed, memory=memory, plan=plan,
     )  # fmt: skip
     rules = opt.read_plan(plan)
     pipe = open_float(model)

@@ -197,14 +197,16 @@ class Job:
 
     def correct(self, trajectories: Trajectories) -> None:
         """Let the denoiser take known quantization noise out of its predictions, and the scheduler add less of its own."""
-        denoiser = self.denoiser
+        denoiser, spec = self.denoiser, self.recipe.correction
+        if spec is None:
+            raise UsageError(f"the recipe {self.recipe.program!r} has no correction to make")
 
         def apply(record: Record) -> None:
             apply_correction(denoiser, record)
             scheduler = noise_aware(self.pipe.scheduler, self.groups.boundaries, record.tensors["variance"].tolist())
             self.pipe.register_modules(scheduler=scheduler)
 
-        self.run.step("correct", lambda: correct(denoiser, trajectories), apply)
+        self.run.step("correct", lambda: correct(denoiser, trajectories, spec), apply)
 
     def restore(self, round_: int) -> None:
         """Go back to the state that an earlier round of reconstruction left."""

@@ -15,6 +15,7 @@ OPTIONS: dict[str, Any] = {
     "reconstruction": None,
     "alignment": None,
     "network": None,
+    "correction": None,
 }
 
 

@@ -30,4 +30,5 @@ def ptqd(job: Job) -> None:
     data = start(job)
     if job.recipe.reconstruction is not None:
         job.reconstruct(0, data.trajectories, job.recipe.reconstruction.iterations)
-    job.correct(data.trajectories)
+    if job.recipe.correction is not None:
+        job.correct(data.trajectories)

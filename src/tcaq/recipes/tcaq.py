@@ -14,6 +14,8 @@ def tcaq(job: Job) -> None:
     if job.recipe.network is not None:
         own = last or job.collect(rounds_of(job) + 1)
         job.tune(own.trajectories)
+    if job.recipe.correction is not None:
+        job.correct(job.collect(rounds_of(job) + 2).trajectories)
 
 
 def rounds_of(job: Job) -> int:

@@ -22,6 +22,7 @@ OPTIONS: dict[str, Any] = {
     "reconstruction": {"schedule": "two-phase", "drop": 0.0, "balance": "all"},
     "alignment": None,
     "network": None,
+    "correction": None,
 }
 AUTHOR: dict[str, Any] = {"products": False}
 

@@ -127,6 +127,17 @@ class Grouping(Spec):
     confidence: Annotated[float, Field(gt=0)] = 2.0
 
 
+class Correction(Spec):
+    """What is known of the noise in predictions is taken out of them, step by step (PTQD).
+
+    `slope`: the part that follows the prediction. At few bits it is negative, because fits by squared error shrink what they are
+    unsure of. `bias`: the mean of each channel.
+    """
+
+    slope: bool = True
+    bias: bool = True
+
+
 class Alignment(Spec):
     """Progressively aligned reconstruction: further rounds on trajectories of the quantized model.
 
@@ -142,7 +153,8 @@ class Recipe(Spec):
     """A named program with all its options; None switches a part off.
 
     `layers` "same" plans the same layers whatever the program, "author" those that the authors' own code quantizes.
-    `network` (ours) fits the whole denoiser as one unit after the last round, on trajectories of the quantized model.
+    `network` (ours) fits the whole denoiser as one unit after the last round, on trajectories of the quantized model;
+    `correction` comes last.
     """
 
     program: str = "tcaq"
@@ -158,6 +170,7 @@ class Recipe(Spec):
     reconstruction: Reconstruction | None = Reconstruction()
     alignment: Alignment | None = Alignment()
     network: NetworkFit | None = NetworkFit()
+    correction: Correction | None = Correction()
     memory: Annotated[float, Field(gt=0, description="GiB the activation cache may hold before it spills to disk")] = (
         4.0
     )

@@ -11,10 +11,14 @@ from tcaq.models.denoiser import clock_of
 from tcaq.models.sampler import Trajectories, predict
 from tcaq.numerics.correction import fit_noise
 from tcaq.records import Record
+from tcaq.spec.recipe import Correction
 from tcaq.stages.rows import table_rows
 
+STEEPEST = -0.5
+"""A slope below would more than double what is left: the prediction is lost anyway."""
 
-def correct(denoiser: nn.Module, trajectories: Trajectories) -> Record:
+
+def correct(denoiser: nn.Module, trajectories: Trajectories, spec: Correction) -> Record:
     """Record `slope` [groups], `bias` [groups, channels] and `variance` [groups], float32, of predictions on the same inputs."""
     with floating(denoiser):
         original = predict(denoiser, trajectories)
@@ -23,6 +27,8 @@ def correct(denoiser: nn.Module, trajectories: Trajectories) -> Record:
     rows = table_rows(clock_of(denoiser).boundaries, trajectories.timesteps)
     fits = [fit_noise(quantized[steps].flatten(0, 1), original[steps].flatten(0, 1)) for steps in rows.positions]
     tables = {name: torch.stack([getattr(fit, name) for fit in fits]).float() for name in ("slope", "bias", "variance")}
+    tables["slope"] = tables["slope"].clamp(min=STEEPEST) * spec.slope
+    tables["bias"] = tables["bias"] * spec.bias
     return Record({name: table[rows.of_group] for name, table in tables.items()})
 
 
