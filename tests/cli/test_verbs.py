@@ -133,7 +133,7 @@ def test_evaluate_writes_every_key_and_resumes(folders, tmp_path, monkeypatch):
         (
             ["quantize", "reference", "--output", "o", "--recipe", "tcak"],
             2,
-            "unknown recipe 'tcak'; known: tcaq, minmax",
+            "unknown recipe 'tcak'; known: minmax, mse",
         ),
         (["quantize", "reference", "--output", "o", "--weights", "9"], 2, "weights"),
         (["quantize", "reference", "--output", "o", "--step-groups", "many"], 2, "--step-groups 'many'"),
