@@ -61,9 +61,8 @@ def test_checkpoint_loads_through_diffusers_and_is_the_model_in_memory(done):
 def test_every_stage_leaves_its_record(done):
     run = Run.read(done[1] / "run")
     assert run.finished() == [
-        "collect/0", "collect/1", "collect/2", "collect/3", "correct", "equalize", "network", "observe", "reconstruct/0",
-        "reconstruct/1",
-        "scale/inputs", "scale/weights", "select",
+        "collect/0", "collect/1", "collect/2", "collect/3", "collect/4", "collect/5", "correct", "equalize", "network",
+        "observe", "reconstruct/0", "reconstruct/1", "scale/inputs", "scale/weights", "select", "temper",
     ]  # fmt: skip
     losses = [record.meta for _, record in run.results("reconstruct/0")]
     assert len(losses) == 23
@@ -228,3 +227,20 @@ def test_an_output_folder_with_other_things_is_refused(tiny_pipeline, tmp_path):
     (tmp_path / "run" / "thesis.txt").write_text("do not touch")
     with pytest.raises(RunError, match=r"not a run of tcaq.*thesis.txt"):
         quantize(tiny_pipeline(), small(), tmp_path)
+
+
+def test_the_correction_stays_as_far_as_it_helps(done):
+    run = Run.read(done[1] / "run")
+    tried = next(record for _, record in run.results("temper")).meta
+    correction = next(record for _, record in run.results("correct")).tensors
+
+    def images(stage):
+        return torch.cat([record.tensors["images"] for _, record in run.results(stage)]).double()
+
+    errors = [float((images(f"collect/{n}") - images("collect/0")).square().mean()) for n in (3, 4, 5)]
+    assert tried["strengths"] == [0.0, 0.5, 1.0]
+    assert tried["errors"] == pytest.approx(errors)
+    assert tried["kept"] == tried["strengths"][errors.index(min(errors))]
+    kept = done[0].unet.noise_correction
+    torch.testing.assert_close(kept.slope, (1 + correction["slope"]) ** tried["kept"] - 1)
+    torch.testing.assert_close(kept.bias, correction["bias"] * tried["kept"])

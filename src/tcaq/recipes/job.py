@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMPipeline, DiffusionPipeline
 from torch import Tensor, nn
 
 from tcaq.errors import UsageError
@@ -196,17 +196,40 @@ class Job:
             self.run.series("network", [whole.name], reconstructor.fit, lambda _, record: apply_unit(whole, record))
 
     def correct(self, trajectories: Trajectories) -> None:
-        """Let the denoiser take known quantization noise out of its predictions, and the scheduler add less of its own."""
+        """Let the denoiser take known quantization noise out of its predictions."""
         denoiser, spec = self.denoiser, self.recipe.correction
         if spec is None:
             raise UsageError(f"the recipe {self.recipe.program!r} has no correction to make")
 
         def apply(record: Record) -> None:
             apply_correction(denoiser, record)
-            scheduler = noise_aware(self.pipe.scheduler, self.groups.boundaries, record.tensors["variance"].tolist())
-            self.pipe.register_modules(scheduler=scheduler)
+            # DDIMPipeline makes a plain scheduler from any other's config
+            if spec.sampler and not isinstance(self.pipe, DDIMPipeline):
+                variance = record.tensors["variance"].tolist()
+                self.pipe.register_modules(scheduler=noise_aware(self.pipe.scheduler, self.groups.boundaries, variance))
 
         self.run.step("correct", lambda: correct(denoiser, trajectories, spec), apply)
+
+    def temper(self, float_images: Tensor, plain: Tensor, round_: int) -> None:
+        """Choose how much of the correction stays: what brings the calibration images closest to the float model's.
+
+        Args: plain: images without correction; round_: number of the first round of collection that is free.
+        """
+        strengths = self.recipe.correction.strengths if self.recipe.correction else ()
+        if not strengths:
+            return
+        correction = next(record for _, record in self.run.results("correct"))
+        errors = [mean_square(plain, float_images)]
+        for number, strength in enumerate(strengths):
+            apply_correction(self.denoiser, correction, strength)
+            errors.append(mean_square(self.collect(round_ + number).images, float_images))
+        tried = [0.0, *strengths]
+        best = tried[errors.index(min(errors))]
+        self.run.step(
+            "temper",
+            lambda: Record({}, {"strengths": tried, "errors": errors, "kept": best}),
+            lambda record: apply_correction(self.denoiser, correction, record.meta["kept"]),
+        )
 
     def restore(self, round_: int) -> None:
         """Go back to the state that an earlier round of reconstruction left."""
@@ -222,3 +245,8 @@ class Job:
         return self.run.step(
             f"score/{round_}", lambda: Record({}, {"fd": judge(float_images, images)}), lambda r: float(r.meta["fd"])
         )
+
+
+def mean_square(images: Tensor, others: Tensor) -> float:
+    """Mean squared difference of two sets of images, uint8, in gray levels squared."""
+    return float((images.double() - others.double()).square().mean())

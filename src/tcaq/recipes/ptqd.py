@@ -21,6 +21,7 @@ OPTIONS: dict[str, Any] = {
     "reconstruction": {"schedule": "two-phase", "drop": 0.0, "balance": "all"},
     "alignment": None,
     "network": None,
+    "correction": {"strengths": [], "sampler": True},
 }
 
 

@@ -15,7 +15,9 @@ def tcaq(job: Job) -> None:
         own = last or job.collect(rounds_of(job) + 1)
         job.tune(own.trajectories)
     if job.recipe.correction is not None:
-        job.correct(job.collect(rounds_of(job) + 2).trajectories)
+        plain = job.collect(rounds_of(job) + 2)
+        job.correct(plain.trajectories)
+        job.temper(data.images, plain.images, rounds_of(job) + 3)
 
 
 def rounds_of(job: Job) -> int:

@@ -131,11 +131,15 @@ class Correction(Spec):
     """What is known of the noise in predictions is taken out of them, step by step (PTQD).
 
     `slope`: the part that follows the prediction. At few bits it is negative, because fits by squared error shrink what they are
-    unsure of. `bias`: the mean of each channel.
+    unsure of. `bias`: the mean of each channel. Dividing by 1 + slope amplifies what is not known, and with few sampling steps
+    that can cost more than it gains. So `strengths` (ours) are tried, 0 too, and the one stays whose calibration images are
+    closest to the float model's; none: full strength untried. `sampler`: let stochastic samplers add less noise of their own.
     """
 
     slope: bool = True
     bias: bool = True
+    strengths: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.5, 1.0)
+    sampler: bool = False
 
 
 class Alignment(Spec):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tcaq.layers.modes import faking, floating
-from tcaq.models.correction import attach_correction
+from tcaq.models.correction import attach_correction, correction_of
 from tcaq.models.denoiser import clock_of
 from tcaq.models.sampler import Trajectories, predict
 from tcaq.numerics.correction import fit_noise
@@ -32,8 +32,8 @@ def correct(denoiser: nn.Module, trajectories: Trajectories, spec: Correction) -
     return Record({name: table[rows.of_group] for name, table in tables.items()})
 
 
-def apply_correction(denoiser: nn.Module, record: Record) -> None:
-    """Let the denoiser correct what it puts out."""
-    attach_correction(denoiser, record.tensors["bias"].shape[1]).set_rows(
-        record.tensors["slope"], record.tensors["bias"]
-    )
+def apply_correction(denoiser: nn.Module, record: Record, strength: float = 1.0) -> None:
+    """Let the denoiser correct what it puts out: 1 + slope to the power `strength`, and that part of the bias."""
+    slope, bias = record.tensors["slope"], record.tensors["bias"]
+    correction = correction_of(denoiser) or attach_correction(denoiser, bias.shape[1])
+    correction.set_rows((1 + slope) ** strength - 1, bias * strength)
