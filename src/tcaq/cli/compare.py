@@ -188,7 +188,9 @@ def finish(model: str, cells: list[Cell], seeds: list[int], results: dict[str, A
     with replacing(output / "compare.md") as path:
         path.write_text(markdown(results), encoding="utf-8")
     write_comparison(output / "compare.html", f"Recipes compared: {model}", results, samples)
-    table = Table(*HEADINGS)
+    table = Table()
+    for heading in HEADINGS:
+        table.add_column(heading, overflow="fold")  # a narrow terminal breaks figures rather than cut them
     for row in rows(results):
         table.add_row(*row)
     console.print(table)
