@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from diffusers import DDIMPipeline
+from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler
 
 import tcaq
 from tcaq.errors import UsageError
@@ -47,8 +47,12 @@ def test_it_runs_and_its_model_samples(tiny_pipeline, tmp_path, program):
     x, t = torch.randn(2, 1, 16, 16), torch.tensor([10, 700])
     with torch.no_grad():
         assert torch.isfinite(pipe.unet(x, t).sample).all()
-    rows = {id(layer): None for _, layer in quantized_layers(pipe.unet) if isinstance(layer, QuantizedWeight)}
-    assert rows
+    left = [
+        name
+        for name, layer in quantized_layers(pipe.unet)
+        if isinstance(layer, QuantizedWeight) and layer.weight is not None
+    ]
+    assert not left  # nothing but packed codes stays
     assert not any("equalize" in name for name in Run.read(tmp_path / "out" / "run").finished())  # TCR is TCAQ's own
 
 
@@ -190,6 +194,21 @@ def test_ptqd_takes_out_what_it_measured_and_is_saved(tiny_pipeline, tmp_path):
     assert torch.equal(predict(loaded.unet, trajectories), corrected)
     assert loaded.unet.config.quantization_config.correction == 1
     assert type(tcaq.load(tmp_path / "out").unet).__name__ == "UNet2DModel"
+
+
+def test_ptqd_gives_a_stochastic_sampler_less_noise_to_add(tiny_pipeline, tmp_path):
+    pipe = DDPMPipeline(tiny_pipeline().unet, DDPMScheduler())
+    quantize(pipe, small("ptqd", calibration={"images": 2, "steps": 3}), tmp_path / "out")
+    variance = next(found for _, found in Run.read(tmp_path / "out" / "run").results("correct")).tensors["variance"]
+    loaded = DDPMPipeline.from_pretrained(tmp_path / "out")
+    for scheduler in (pipe.scheduler, loaded.scheduler):
+        assert type(scheduler) is tcaq.NoiseAwareDDPMScheduler
+        assert scheduler.config.quantization_noise["variance"] == pytest.approx(variance.tolist())
+    plain = DDPMScheduler()
+    for made in (plain, loaded.scheduler):
+        made.set_timesteps(3)
+    t = int(plain.timesteps[1])
+    assert 0 < float(loaded.scheduler._get_variance(t)) < float(plain._get_variance(t))
 
 
 def test_rows_that_start_equal_are_learned_as_one(tiny_pipeline):

@@ -66,11 +66,10 @@ def test_a_planted_change_point_is_found():
     assert float(rows[-1]) > 8 * float(rows[0])
 
 
-def test_without_a_change_the_start_stays():
-    toy, trajectories, ranges = scene([1.0] * STEPS)
-    record = group(toy, trajectories, ranges, SEARCH, Grouping(groups=3, iterations=5, inputs=48), 0)
-    assert torch.equal(record.tensors["classes"], record.tensors["start"])
-    assert torch.equal(record.tensors["start"], uniform_classes(trajectories.timesteps, 3))
+def test_the_start_is_contiguous_groups_of_equal_size():
+    timesteps = torch.linspace(950, 50, STEPS)
+    assert uniform_classes(timesteps, 3).tolist() == [2] * 4 + [1] * 4 + [0] * 4
+    assert uniform_classes(timesteps, 20).tolist() == list(range(STEPS - 1, -1, -1))  # no more groups than steps
 
 
 def test_a_mixture_is_the_mean_of_the_groups_scales_by_their_shares():

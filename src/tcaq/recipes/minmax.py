@@ -5,17 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from tcaq.recipes.job import Job
-from tcaq.recipes.start import start
+from tcaq.recipes.start import PLAIN, start
 
 OPTIONS: dict[str, Any] = {
+    **PLAIN,
     "step_groups": 1,
     "ranges": {"weight_candidates": 1, "input_candidates": 1},
-    "tcr": None,
-    "daq": None,
     "reconstruction": None,
-    "alignment": None,
-    "network": None,
-    "correction": None,
 }
 
 

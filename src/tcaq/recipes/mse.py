@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from tcaq.recipes import minmax
 from tcaq.recipes.job import Job
-from tcaq.recipes.start import start
+from tcaq.recipes.start import PLAIN, start
 
-OPTIONS: dict[str, Any] = {name: value for name, value in minmax.OPTIONS.items() if name != "ranges"}
+OPTIONS: dict[str, Any] = {**PLAIN, "step_groups": 1, "reconstruction": None}
 
 
 def mse(job: Job) -> None:

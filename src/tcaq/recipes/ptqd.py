@@ -11,18 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 from tcaq.recipes.job import Job
-from tcaq.recipes.start import start
+from tcaq.recipes.start import BLOCKWISE, start
 from tcaq.stages.rows import ONE_ROW
 
-OPTIONS: dict[str, Any] = {
-    "step_groups": "per-step",
-    "tcr": None,
-    "daq": None,
-    "reconstruction": {"schedule": "two-phase", "drop": 0.0, "balance": "all"},
-    "alignment": None,
-    "network": None,
-    "correction": {"strengths": [], "sampler": True},
-}
+OPTIONS: dict[str, Any] = {**BLOCKWISE, "step_groups": "per-step", "correction": {"strengths": [], "sampler": True}}
 
 
 def ptqd(job: Job) -> None:

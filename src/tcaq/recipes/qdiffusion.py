@@ -11,18 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 from tcaq.recipes.job import Job
-from tcaq.recipes.start import start
+from tcaq.recipes.start import BLOCKWISE, start
 
-OPTIONS: dict[str, Any] = {
-    "calibration": {"law": {"kind": "stride", "every": 5}},
-    "step_groups": 1,
-    "tcr": None,
-    "daq": None,
-    "reconstruction": {"schedule": "two-phase", "drop": 0.0, "balance": "all"},
-    "alignment": None,
-    "network": None,
-    "correction": None,
-}
+OPTIONS: dict[str, Any] = {**BLOCKWISE, "step_groups": 1, "calibration": {"law": {"kind": "stride", "every": 5}}}
 TRAITS: dict[str, Any] = {"split": True}
 AUTHOR: dict[str, Any] = {"probability_bits": 8}
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tcaq.recipes.job import Collected, Job
+
+PLAIN: dict[str, Any] = {"tcr": None, "daq": None, "alignment": None, "network": None, "correction": None}
+"""Options of a recipe that has nothing of TCAQ-DM's own."""
+BLOCKWISE: dict[str, Any] = {**PLAIN, "reconstruction": {"schedule": "two-phase", "drop": 0.0, "balance": "all"}}
+"""The same with block reconstruction as in BRECQ: roundings first, then step sizes, on quantized inputs, errors as they are."""
 
 
 def start(job: Job) -> Collected:

@@ -12,18 +12,10 @@ from typing import Any
 
 from tcaq.models.time import is_time_layer
 from tcaq.recipes.job import Job
-from tcaq.recipes.start import start
+from tcaq.recipes.start import BLOCKWISE, start
 from tcaq.stages.rows import ONE_ROW
 
-OPTIONS: dict[str, Any] = {
-    "step_groups": "per-step",
-    "tcr": None,
-    "daq": None,
-    "reconstruction": {"schedule": "two-phase", "drop": 0.0, "balance": "all"},
-    "alignment": None,
-    "network": None,
-    "correction": None,
-}
+OPTIONS: dict[str, Any] = {**BLOCKWISE, "step_groups": "per-step"}
 AUTHOR: dict[str, Any] = {"products": False}
 
 

@@ -18,7 +18,7 @@ HEADINGS = ("Recipe", "Bits", "FD / float", "FD", "KID", "PSNR dB", "FD to float
 
 
 @dataclass(frozen=True)
-class Cell:
+class MeasuredCell:
     """A recipe at a width.
 
     seeds: what each seed gave - `quantize_seconds`, `quantize_peak_memory`, `weight_bytes` and `evaluation`.
@@ -29,9 +29,9 @@ class Cell:
     seeds: Mapping[str, Mapping[str, JSON]]
 
 
-def cells_of(results: Mapping[str, JSON]) -> list[Cell]:
+def cells_of(results: Mapping[str, JSON]) -> list[MeasuredCell]:
     """The cells that the JSON of a comparison holds, those with a result."""
-    found = [Cell(cell["recipe"], cell["bits"], cell["seeds"]) for cell in results["cells"]]
+    found = [MeasuredCell(cell["recipe"], cell["bits"], cell["seeds"]) for cell in results["cells"]]
     return [cell for cell in found if cell.seeds]
 
 
@@ -69,7 +69,7 @@ def spread(values: Sequence[float | None]) -> str:
     return number(mean(known)) + (f" ± {number(stdev(known))}" if len(known) > 1 else "")
 
 
-def _row(cell: Cell) -> tuple[str, ...]:
+def _row(cell: MeasuredCell) -> tuple[str, ...]:
     seeds = list(cell.seeds.values())
     scores = [seed["evaluation"] for seed in seeds]
     return (
@@ -86,7 +86,7 @@ def _row(cell: Cell) -> tuple[str, ...]:
     )
 
 
-def _float_row(cells: Sequence[Cell]) -> tuple[str, ...]:
+def _float_row(cells: Sequence[MeasuredCell]) -> tuple[str, ...]:
     by_seed = {seed: result["evaluation"]["float"] for cell in cells for seed, result in cell.seeds.items()}
     scores = list(by_seed.values())
     known = any(score["fd"] is not None for score in scores)
