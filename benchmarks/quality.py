@@ -5,13 +5,15 @@
     python benchmarks/quality.py --table                             only write docs/results.md from the committed results
 
 Each cell is a `tcaq quantize` and a `tcaq evaluate`; both resume, so the study can be stopped at any moment. The float samples are
-made once and shared. Calibration seed 0, evaluation seed 1: they never share noise.
+made once and shared. Calibration seed 0, evaluation seed 1: they never share noise. Several of these commands may run side by side
+on different cells, each with its share of the cores (OMP_NUM_THREADS): results are read again before each is written.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -68,6 +70,7 @@ def measure(name: str, options: list[str], args: argparse.Namespace) -> dict[str
         "command": f"tcaq quantize reference {' '.join(options)}",
         "quantize_seconds": round(made["seconds"], 1),
         "quantize_peak_memory": made["peak_memory"],
+        "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
         "evaluation": values,
     }
 
@@ -86,7 +89,7 @@ def row(name: str, cell: dict[str, Any]) -> str:
     return (
         f"| {name} | {scores['quantized']['fd']:.2f} | {scores['ratio']['fd']:.3f} | {scores['quantized']['kid']:.5f} "
         f"| {pair['psnr']:.2f} | {pair['ssim']:.3f} | {pair['fd_to_float']:.2f} "
-        f"| {cell['quantize_seconds'] / 60:.1f} | {cell['quantize_peak_memory'] / 2**30:.2f} |"
+        f"| {cell['quantize_seconds'] / 60:.1f} | {cell['threads']} | {cell['quantize_peak_memory'] / 2**30:.2f} |"
     )
 
 
@@ -95,8 +98,8 @@ def page(results: dict[str, Any]) -> str:
     done: dict[str, Any] = results["cells"]
     first = next(iter(done.values()))["evaluation"]
     head = (
-        "| cell | FD | ratio | KID | PSNR dB | SSIM | FD to float | quantizing, min | peak, GiB |\n"
-        "|---|---|---|---|---|---|---|---|---|"
+        "| cell | FD | ratio | KID | PSNR dB | SSIM | FD to float | quantizing, min | threads | peak, GiB |\n"
+        "|---|---|---|---|---|---|---|---|---|---|"
     )
     lines = [
         "# Results",
@@ -125,6 +128,20 @@ def page(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def stored(args: argparse.Namespace) -> dict[str, Any]:
+    """The results so far; none where they are of another protocol, whose cells do not belong into one table."""
+    protocol = {
+        "preset": args.preset,
+        "steps": args.steps,
+        "num": args.num,
+        "seed": args.seed,
+        "machine": machine(),
+    }
+    results = read_json(args.results) if args.results.exists() else {}
+    same = all(results.get(key) == value for key, value in protocol.items())
+    return dict(results) if same else {**protocol, "cells": {}}
+
+
 def main() -> None:
     """Measure the cells that are asked for and write results and page after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -137,22 +154,14 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only write the page from the results")
     args = parser.parse_args()
-    results = read_json(args.results) if args.results.exists() else {"cells": {}}
     if not args.table:
-        protocol = {
-            "preset": args.preset,
-            "steps": args.steps,
-            "num": args.num,
-            "seed": args.seed,
-            "machine": machine(),
-        }
-        if any(results.get(key) != value for key, value in protocol.items()):
-            results = {**protocol, "cells": {}}  # cells of another protocol do not belong into one table
         for name in args.only:
-            results["cells"][name] = measure(name, cells(args.preset)[name], args)
+            cell = measure(name, cells(args.preset)[name], args)
+            results = stored(args)
+            results["cells"][name] = cell
             write_json(args.results, results)
-            print(row(name, results["cells"][name]), flush=True)
-    PAGE.write_text(page(results))
+            print(row(name, cell), flush=True)
+    PAGE.write_text(page(read_json(args.results)))
 
 
 if __name__ == "__main__":
