@@ -14,16 +14,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from machine import machine
+
 from tcaq.records import read_json, write_json
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
+PRESETS = ROOT / "benchmarks" / "results" / "presets.json"
 PAGE = ROOT / "docs" / "results.md"
 BITS = {"w8a8": (8, 8), "w6a6": (6, 6), "w4a8": (4, 8), "w4a4": (4, 4)}
 PARTS = {
@@ -75,13 +77,6 @@ def measure(name: str, options: list[str], args: argparse.Namespace) -> dict[str
     }
 
 
-def machine() -> str:
-    """The processor, from the system's own description where there is one."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
-
-
 def row(name: str, cell: dict[str, Any]) -> str:
     """A line of a table."""
     scores = cell["evaluation"]
@@ -125,7 +120,27 @@ def page(results: dict[str, Any]) -> str:
     missing = [name for name in cells("") if name not in done]
     if missing:
         lines += [f"Not measured yet: {', '.join(missing)}.", ""]
-    return "\n".join(lines)
+    return "\n".join(lines + (costs(read_json(PRESETS)) if PRESETS.exists() else []))
+
+
+def costs(presets: dict[str, Any]) -> list[str]:
+    """The part of the page about time and memory of the presets."""
+    rows = [
+        f"| `{name}` | {cost['seconds'] / 60:.1f} | {cost['peak_memory'] / 2**30:.2f} | {cost['threads']} "
+        f"| {', '.join(f'{stage} {seconds:.0f}' for stage, seconds in cost['stages'].items())} |"
+        for name, cost in presets.items()
+    ]
+    return [
+        "## What the presets cost",
+        "",
+        "Written from `benchmarks/results/presets.json`, which `python benchmarks/presets.py` makes: the bundled model at "
+        f"W4A4, nothing else running. Machine: {next(iter(presets.values()))['machine']}.",
+        "",
+        "| preset | minutes | peak, GiB | threads | seconds by stage |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+    ]
 
 
 def stored(args: argparse.Namespace) -> dict[str, Any]:

@@ -101,13 +101,14 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def load(folder: Path, dtype: torch.dtype | None = None) -> DiffusionPipeline:
+def load(folder: Path | str, dtype: torch.dtype | None = None) -> DiffusionPipeline:
     """Load a pipeline that `save` or `save_pretrained` wrote, after `verify`.
 
     Args: dtype: of everything that is not quantized; by default as it was saved.
     Raises: CheckpointError saying which file is damaged and what to do.
     """
     register()
+    folder = Path(folder)
     verify(folder)
     options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     try:
