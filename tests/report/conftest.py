@@ -23,6 +23,8 @@ LOW = [[-1.0, -2.0, 0.0, -0.5], [-1.0, -2.0, 0.0, -0.5], [-1.0, -2.0, 0.0, -0.5]
 HIGH = [[0.5, 4.0, 8.0, 3.0], [0.5, 4.0, 16.0, 3.0], [0.5, 1.0, 8.0, 3.0]]
 LOSSES = {0: {"down<i>": (0.5, 0.125), "mid": (0.25, 0.0625)}, 1: {"down<i>": (0.375, 0.1), "mid": (0.2, 0.05)}}
 FD = [31.25, 33.5]
+SLOPE, BIAS = [-0.25, -0.125, 0.0625], [[0.6], [-0.3], [0.1]]  # group 0 holds the last step of sampling
+TRIALS = {"strengths": [0.0, 0.5, 1.0], "errors": [49.0, 20.25, 25.0], "kept": 0.5}
 TIMINGS = {
     "collect/0/000-batch-0": {"seconds": 10.5, "peak_memory": 500_000_000},
     "observe": {"seconds": 4.25, "peak_memory": 600_000_000},
@@ -75,6 +77,8 @@ def write_run(folder: Path, *, whole: bool, seed: int = 5) -> None:
                     lambda unit, record: None,
                 )  # fmt: skip
                 run.step(f"score/{number}", lambda n=number: Record({}, {"fd": FD[n]}), lambda r: r)
+            run.step("correct", lambda: Record({"slope": torch.tensor(SLOPE), "bias": torch.tensor(BIAS)}), lambda r: r)
+            run.step("temper", lambda: Record({}, TRIALS), lambda r: r)
     write_json(folder / "run" / "timings.json", TIMINGS)
 
 

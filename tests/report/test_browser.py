@@ -40,9 +40,16 @@ def test_it_opens_without_errors(tmp_path: Path, whole: Callable[..., Entry], ba
     assert console == []
     page = Page(dom.replace("<!doctype html>", ""))
     assert page.table("The run keeps")[1:] == [["0", "31.25", "yes"], ["1", "33.50", "no"]]
+    assert page.table("at each strength")[1:] == [
+        ["0.0", "7.000", "no"],
+        ["0.5", "4.500", "yes"],
+        ["1.0", "5.000", "no"],
+    ]
     assert "Opened <in> a browser" in page.text
     assert page.text.count(CONV) > 3
-    assert {"quality", "samples", "sqnr-by-step", "ranges", "daq", "reconstruction"} <= set(page.values("id"))
+    assert {"quality", "samples", "sqnr-by-step", "ranges", "daq", "reconstruction", "correction"} <= set(
+        page.values("id")
+    )
 
 
 def test_a_broken_page_would_be_noticed(tmp_path: Path) -> None:

@@ -29,6 +29,11 @@ def test_every_stage_of_a_whole_run(whole: Callable[..., Entry]) -> None:
     }, "a layer whose grid the plan fixes has no choice"
     assert story.losses == [UnitLoss(u, n, *values) for n, units in LOSSES.items() for u, values in units.items()]
     assert story.scores == [Score(0, FD[0]), Score(1, FD[1])]
+    noise = story.noise
+    assert noise is not None
+    assert (noise.timesteps, noise.slope, noise.kept) == (TIMESTEPS, [0.0625, -0.125, -0.25], 0.5)
+    assert noise.bias == pytest.approx([0.1, 0.3, 0.6])
+    assert noise.trials == [(0.0, 7.0), (0.5, 4.5), (1.0, 5.0)]
     assert story.costs == [
         StageCost("collect/0", 10.5, 5e8), StageCost("observe", 4.25, 6e8), StageCost("reconstruct/0", 70.0, 8e8)
     ]  # fmt: skip

@@ -15,7 +15,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import NullFormatter
 from numpy.typing import NDArray
 
-from tcaq.report.story import Choice, EqualizedLayer, UnitLoss
+from tcaq.report.story import Choice, EqualizedLayer, NoiseFit, UnitLoss
 from tcaq.report.svg import MUTED, PAPER, SERIES, render, style
 
 WIDTH = 10.0
@@ -129,6 +129,25 @@ def loss_figure(losses: Sequence[UnitLoss], name: str) -> Markup:
         axes.grid(axis="x")
         figure.legend(loc="outside upper left", ncols=min(3, len(rounds)) * 2, handletextpad=0.2, columnspacing=1.4)
         return render(figure, name, f"Loss of {len(units)} units before and after each of {len(rounds)} rounds.")
+
+
+def noise_figure(noise: NoiseFit, name: str) -> Markup:
+    """Slope and bias of quantization noise over the timesteps, sampling from left to right."""
+    with style(name):
+        figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
+        panels = figure.subplots(1, 2)
+        rows = ((noise.slope, "slope: the part that follows the prediction"), (noise.bias, "bias: RMS over channels"))
+        for axes, (values, title), color in zip(panels, rows, SERIES, strict=False):
+            axes.axhline(0.0, color=MUTED, linewidth=0.8)
+            axes.plot(noise.timesteps, values, "o-", color=color, linewidth=1.6, markersize=3)
+            axes.set_title(title)
+            axes.invert_xaxis()
+            axes.set_xlabel("timestep (noise to image)")
+            axes.grid(axis="y")
+        steepest = min(noise.slope)
+        return render(
+            figure, name, f"Two line charts of quantization noise by timestep; the slope falls to {steepest:.3f}."
+        )
 
 
 def _heat(axes: Axes, values: Floats, colors: Colors, norm: Normalize) -> AxesImage:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tcaq.errors import UsageError
 from tcaq.records import JSON
 from tcaq.report import table
-from tcaq.report.figures import Curve, daq_figure, loss_figure, ranges_figure, sqnr_figure
+from tcaq.report.figures import Curve, daq_figure, loss_figure, noise_figure, ranges_figure, sqnr_figure
 from tcaq.report.story import Choice, EqualizedLayer, Story, imbalance, read_story, spread, weight_bytes
 from tcaq.report.strips import strips
 from tcaq.report.template import write_page
@@ -92,6 +92,9 @@ def _part(entry: Entry, story: Story, name: str) -> dict[str, Any]:
         "losses": story.losses,
         "loss_figure": loss_figure(story.losses, f"{name}-loss") if story.losses else None,
         "scores": story.scores,
+        "noise": story.noise,
+        "noise_figure": noise_figure(story.noise, f"{name}-noise") if story.noise else None,
+        "criterion": story.recipe["daq"]["criterion"] if story.recipe["daq"] else None,
         "kept": min(story.scores, key=lambda score: score.fd).round if story.scores else None,
         "plan": story.plan,
         "plan_summary": _plan_summary(story.plan),

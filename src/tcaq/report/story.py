@@ -12,6 +12,7 @@ from torch import Tensor
 from tcaq.records import JSON, Record
 from tcaq.runs import Run
 from tcaq.spec.plan import LayerGrids, ResolvedPlan
+from tcaq.spec.steps import StepGroups
 from tcaq.stages.observe import channel_maxima
 
 RUN_FOLDER = "run"
@@ -76,6 +77,22 @@ class Score:
 
 
 @dataclass(frozen=True)
+class NoiseFit:
+    """What quantization added to predicted noise, and how much of that the denoiser takes out.
+
+    timesteps: the calibration steps, descending; slope, bias: at each, bias as the root mean square over channels; trials: the
+        strengths that were tried, each with the root mean square error of its calibration images in gray levels, none if nothing
+        was compared; kept: the strength that stays.
+    """
+
+    timesteps: Sequence[float]
+    slope: Sequence[float]
+    bias: Sequence[float]
+    trials: Sequence[tuple[float, float]]
+    kept: float
+
+
+@dataclass(frozen=True)
 class StageCost:
     """Wall seconds that a stage took over all its records, and the peak memory of the process by then, bytes."""
 
@@ -95,6 +112,7 @@ class Story:
     choices: Mapping[str, Sequence[Choice]]
     losses: Sequence[UnitLoss]
     scores: Sequence[Score]
+    noise: NoiseFit | None
     costs: Sequence[StageCost]
 
     @property
@@ -124,6 +142,7 @@ def read_story(folder: Path) -> Story:
         choices=_choices(run, finished, plan),
         losses=_losses(run, finished),
         scores=[Score(n, float(_only(run, name).meta["fd"])) for n, name in _rounds(finished, "score")],
+        noise=_noise(run, finished),
         costs=_costs(run, finished),
     )
 
@@ -163,6 +182,22 @@ def _losses(run: Run, finished: Sequence[str]) -> list[UnitLoss]:
         for n, name in rounds
         for _, r in run.results(name)
     ]
+
+
+def _noise(run: Run, finished: Sequence[str]) -> NoiseFit | None:
+    if "correct" not in finished:
+        return None
+    tables, timesteps = _only(run, "correct").tensors, _only(run, "observe").tensors["timesteps"]
+    groups = StepGroups.of(run.identity["recipe"]["step_groups"], timesteps.tolist())
+    row = torch.searchsorted(torch.tensor(groups.boundaries), timesteps.float(), right=True)
+    tried = _only(run, "temper").meta if "temper" in finished else {"strengths": [], "errors": [], "kept": 1.0}
+    return NoiseFit(
+        timesteps.tolist(),
+        tables["slope"][row].tolist(),
+        tables["bias"][row].square().mean(dim=1).sqrt().tolist(),
+        [(strength, error**0.5) for strength, error in zip(tried["strengths"], tried["errors"], strict=True)],
+        tried["kept"],
+    )
 
 
 def _costs(run: Run, finished: Sequence[str]) -> list[StageCost]:
