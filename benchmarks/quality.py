@@ -29,12 +29,13 @@ PRESETS = ROOT / "benchmarks" / "results" / "presets.json"
 PAGE = ROOT / "docs" / "results.md"
 BITS = {"w8a8": (8, 8), "w6a6": (6, 6), "w4a8": (4, 8), "w4a4": (4, 4)}
 PARTS = {
+    "no-bypass": ["--no-bypass"],
     "no-tcr": ["--no-tcr"],
     "no-daq": ["--no-daq"],
     "no-par": ["--rounds", "0"],
     "no-network": ["--no-network"],
     "no-correction": ["--no-correction"],
-    "none": ["--no-tcr", "--no-daq", "--rounds", "0", "--no-network", "--no-correction"],
+    "none": ["--no-bypass", "--no-tcr", "--no-daq", "--rounds", "0", "--no-network", "--no-correction"],
 }
 ABLATED = ("w6a6", "w4a4")
 

@@ -61,8 +61,8 @@ def test_checkpoint_loads_through_diffusers_and_is_the_model_in_memory(done):
 def test_every_stage_leaves_its_record(done):
     run = Run.read(done[1] / "run")
     assert run.finished() == [
-        "collect/0", "collect/1", "collect/2", "collect/3", "collect/4", "collect/5", "correct", "equalize", "network",
-        "observe", "reconstruct/0", "reconstruct/1", "scale/inputs", "scale/weights", "select", "temper",
+        "bypass", "collect/0", "collect/1", "collect/2", "collect/3", "collect/4", "collect/5", "correct", "equalize",
+        "network", "observe", "reconstruct/0", "reconstruct/1", "scale/inputs", "scale/weights", "select", "temper",
     ]  # fmt: skip
     losses = [record.meta for _, record in run.results("reconstruct/0")]
     assert len(losses) == 23
@@ -112,6 +112,7 @@ def test_eight_bits_are_closer_than_four(tiny_pipeline):
 @pytest.mark.parametrize(
     ("change", "absent"),
     [
+        ({"bypass": None}, "bypass"),
         ({"tcr": None}, "equalize"),
         ({"alignment": None}, "reconstruct/1"),
         ({"network": None}, "network"),

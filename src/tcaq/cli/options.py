@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -30,6 +31,7 @@ GroupsOption = Annotated[
 NoTcrOption = Annotated[bool, typer.Option("--no-tcr", help="Leave out the timestep-channel reparameterization.")]
 NoDaqOption = Annotated[bool, typer.Option("--no-daq", help="Even grids for all attention probabilities.")]
 NoNetworkOption = Annotated[bool, typer.Option("--no-network", help="No last fit of the whole denoiser.")]
+NoBypassOption = Annotated[bool, typer.Option("--no-bypass", help="Outlying pixels of x_t do not go around the model.")]
 NoCorrectionOption = Annotated[bool, typer.Option("--no-correction", help="No correction of predicted noise.")]
 RoundsOption = Annotated[int | None, typer.Option(help="Rounds of progressive alignment; 0: none.", show_default=False)]
 SeedOption = Annotated[int, typer.Option(help="Seed of calibration.")]
@@ -48,8 +50,8 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for a program
 
 def make_recipe(
     recipe: str, preset: str, *, weights: int | None, activations: int | None, steps: int | None, samples: int | None,
-    step_groups: str | None, no_tcr: bool, no_daq: bool, no_network: bool, no_correction: bool, rounds: int | None, seed: int,
-    memory: float | None, plan: str = "same",
+    step_groups: str | None, rounds: int | None, seed: int, memory: float | None, plan: str = "same",
+    left_out: Collection[str] = (),
 ) -> Recipe:  # fmt: skip
     """The recipe that the options name: a program at a preset or a file, then every option that was given.
 
@@ -62,14 +64,7 @@ def make_recipe(
         changes["layers"] = plan
     if calibration:
         changes["calibration"] = calibration
-    if no_tcr:
-        changes["tcr"] = None
-    if no_daq:
-        changes["daq"] = None
-    if no_network:
-        changes["network"] = None
-    if no_correction:
-        changes["correction"] = None
+    changes |= dict.fromkeys(left_out)
     if rounds is not None:
         changes["alignment"] = {"rounds": rounds} if rounds else None
     named = not recipe.endswith(".json")

@@ -23,7 +23,7 @@ def plan_command(
     """Print which grid every layer of MODEL would get, and which layers stay float and why."""
     spec = opt.make_recipe(
         recipe, "full", weights=weights, activations=activations, steps=None, samples=None, step_groups=None,
-        no_tcr=False, no_daq=no_daq, no_network=False, no_correction=False, rounds=None, seed=0, memory=None, plan=plan,
+        rounds=None, seed=0, memory=None, plan=plan, left_out=["daq"] if no_daq else [],
     )  # fmt: skip
     table = resolved_plan(find_denoiser(open_float(model))[1], spec, opt.read_plan(plan))
     if as_json:

@@ -30,6 +30,7 @@ def quantize_command(
     steps: opt.StepsOption = None,
     samples: opt.SamplesOption = None,
     step_groups: opt.GroupsOption = None,
+    no_bypass: opt.NoBypassOption = False,
     no_tcr: opt.NoTcrOption = False,
     no_daq: opt.NoDaqOption = False,
     rounds: opt.RoundsOption = None,
@@ -49,10 +50,12 @@ def quantize_command(
     as_json: opt.JsonFlag = False,
 ) -> None:
     """Quantize MODEL and write a checkpoint that diffusers loads after `import tcaq`."""
+    parts = {
+        "bypass": no_bypass, "tcr": no_tcr, "daq": no_daq, "network": no_network, "correction": no_correction
+    }  # fmt: skip
     spec = opt.make_recipe(
         recipe, preset, weights=weights, activations=activations, steps=steps, samples=samples, step_groups=step_groups,
-        no_tcr=no_tcr, no_daq=no_daq, no_network=no_network,
-        no_correction=no_correction, rounds=rounds, seed=seed, memory=memory, plan=plan,
+        rounds=rounds, seed=seed, memory=memory, plan=plan, left_out=[part for part, off in parts.items() if off],
     )  # fmt: skip
     rules = opt.read_plan(plan)
     pipe = open_float(model)

@@ -31,13 +31,15 @@ class TcaqConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """Everything but the tensors that a quantized denoiser needs.
 
     Attributes: plan: a row for every layer; groups: timestep boundaries of the step groups; recipe: the recipe that made it, as
-        JSON, for the record; correction: channels of the noise correction behind the denoiser, 0 if there is none; dtype: name of
-        the dtype of everything that is not quantized; checksum: of the JSON it was read from.
+        JSON, for the record; bypass: whether what the first layer cuts off goes around the denoiser; correction: channels of the
+        noise correction behind the denoiser, 0 if there is none; dtype: name of the dtype of everything that is not quantized;
+        checksum: of the JSON it was read from.
     """
 
     plan: ResolvedPlan
     groups: StepGroups
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    bypass: bool = False
     correction: int = 0
     dtype: str = "float32"
     quant_method: QuantMethod = QuantMethod.TCAQ
@@ -60,7 +62,9 @@ class TcaqConfig(QuantizationConfigMixin):  # type: ignore[misc]
             "groups": self.groups.model_dump(mode="json"),
             "plan": self.plan.model_dump(mode="json", exclude_none=True),
             "recipe": deepcopy(dict(self.recipe)),
-        } | ({"correction": self.correction} if self.correction else {})
+            **({"bypass": True} if self.bypass else {}),
+            **({"correction": self.correction} if self.correction else {}),
+        }
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The same: no field has a default that would be worth leaving out."""
@@ -80,6 +84,7 @@ class TcaqConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 plan=ResolvedPlan.parse(config_dict["plan"], where="plan"),
                 groups=StepGroups.parse(config_dict["groups"], where="groups"),
                 recipe=config_dict["recipe"],
+                bypass=config_dict.get("bypass", False),
                 correction=config_dict.get("correction", 0),
                 dtype=config_dict["dtype"],
                 checksum=config_checksum(config_dict),

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from tcaq.errors import CheckpointError, PlanError, UsageError
 from tcaq.layers.dequantize import dequantize_layers
 from tcaq.layers.insert import insert, quantized_layers
+from tcaq.layers.modes import Mode, moded
 from tcaq.layers.weighted import QuantizedWeight
+from tcaq.models.bypass import BYPASS, attach_bypass, bypass_of, entrance_of
 from tcaq.models.config import QuantMethod, TcaqConfig
 from tcaq.models.correction import CORRECTION, attach_correction, correction_of
 from tcaq.models.denoiser import attach_clock
@@ -36,6 +38,8 @@ def drop_float_weights(denoiser: nn.Module) -> None:
 def quantization_state(denoiser: nn.Module) -> dict[str, Tensor]:
     """Codes, scales and tables by full name: what must never be cast."""
     parts: list[tuple[str, nn.Module]] = list(quantized_layers(denoiser))
+    if (bypass := bypass_of(denoiser)) is not None:
+        parts.append((BYPASS, bypass))
     if (correction := correction_of(denoiser)) is not None:
         parts.append((CORRECTION, correction))
     return {f"{name}.{leaf}": buffer for name, part in parts for leaf, buffer in part.named_buffers()}
@@ -88,6 +92,8 @@ class TcaqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         try:
             with torch.device("meta"):
                 insert(model, self.quantization_config.plan, clock)
+                if self.quantization_config.bypass and (entrance := entrance_of(model)) is not None:
+                    attach_bypass(model, entrance)
                 if self.quantization_config.correction:
                     attach_correction(model, self.quantization_config.correction)
         except PlanError as error:
@@ -146,6 +152,8 @@ class TcaqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def _dequantize(self, model: Any) -> Any:
         """Plain layers again, with the quantized weights' values; the clock stays, and nothing asks it any more."""
         dequantize_layers(model, self.quantization_config.torch_dtype)
+        for part in moded(model):
+            part.mode = Mode.FLOAT  # what was measured on quantized inputs no longer holds
         model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "quantization_config"})
         del model.quantization_method
         return model

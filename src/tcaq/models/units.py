@@ -19,13 +19,15 @@ class Architecture:
     """One denoiser class.
 
     Attributes: units: class names of the blocks that reconstruction fits at once; edges: name patterns of the first and last
-        layers; time: of the time embedding's layers; projections: of the layers that bring the embedding into each block.
+        layers; time: of the time embedding's layers; projections: of the layers that bring the embedding into each block;
+        entrance: name of the layer that reads x_t.
     """
 
     units: tuple[str, ...] = ()
     edges: tuple[str, ...] = ()
     time: tuple[str, ...] = ()
     projections: tuple[str, ...] = ()
+    entrance: str = ""
 
 
 ARCHITECTURES = {
@@ -34,6 +36,7 @@ ARCHITECTURES = {
         edges=("conv_in", "conv_out"),
         time=("time_embedding.*",),
         projections=("*.time_emb_proj",),
+        entrance="conv_in",
     ),
 }
 UNKNOWN = Architecture()

@@ -49,6 +49,11 @@ class AffineQuantizer(nn.Module):
         zero_point = self.clock.row(self.zero_point, x.dim()).to(scale.dtype)
         return fake_quantize(x, scale, zero_point, self.low, self.high).to(x.dtype)
 
+    def limits(self, dims: int) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest value of the running step group's grid, shaped as `StepClock.row` shapes."""
+        scale, zero_point = self.clock.row(self.scale, dims), self.clock.row(self.zero_point, dims)
+        return (self.low - zero_point) * scale, (self.high - zero_point) * scale
+
     def set_rows(self, scale: Tensor, zero_point: Tensor) -> None:
         """Write the calibrated table: float [groups] each."""
         self.scale.copy_(scale)

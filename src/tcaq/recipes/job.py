@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tcaq.errors import UsageError
 from tcaq.layers.insert import insert, quantized_layers
+from tcaq.models.bypass import bypass_of, entrance_of
 from tcaq.models.denoiser import attach_clock, clock_of, find_denoiser
 from tcaq.models.sampler import Trajectories, batches
 from tcaq.models.scheduler import noise_aware
@@ -26,6 +27,7 @@ from tcaq.spec.law import Even
 from tcaq.spec.plan import ResolvedPlan
 from tcaq.spec.recipe import Daq, Grouping, Recipe
 from tcaq.spec.steps import StepGroups
+from tcaq.stages.bypass import apply_bypass, inside, measure_bypass
 from tcaq.stages.collect import collect, images_of, trajectories_of
 from tcaq.stages.correct import apply_correction, correct
 from tcaq.stages.equalize import apply_vectors, equalize
@@ -104,8 +106,18 @@ class Job:
         with torch.no_grad():
             self.units = execution_order(denoiser, lambda: denoiser(*first))
 
+    def bypass(self, trajectories: Trajectories) -> None:
+        """Say how far the first layer reads, if the recipe lets the rest go around the denoiser."""
+        if (spec := self.recipe.bypass) is not None and entrance_of(self.denoiser) is not None:
+            self.run.step(
+                "bypass",
+                lambda: measure_bypass(self.denoiser, trajectories, spec, self.recipe.seed),
+                lambda record: apply_bypass(self.denoiser, record),
+            )
+
     def observe(self, trajectories: Trajectories) -> Record:
         """Ranges and a sample of every operand at every step."""
+        trajectories = inside(self.denoiser, trajectories)
         boundaries = clock_of(self.denoiser).boundaries
         # the steps that fill one row share what is kept of them
         shared = max(
@@ -120,8 +132,12 @@ class Job:
     def equalize(self, ranges: Record) -> None:
         """TCR, if the recipe has it."""
         if (spec := self.recipe.tcr) is not None:
+            # the first layer reads equally far in every channel
+            without = entrance_of(self.denoiser) if bypass_of(self.denoiser) is not None else None
             self.run.step(
-                "equalize", lambda: equalize(self.denoiser, ranges, spec), lambda r: apply_vectors(self.denoiser, r)
+                "equalize",
+                lambda: equalize(self.denoiser, ranges, spec, without),
+                lambda r: apply_vectors(self.denoiser, r),
             )
 
     def scale_weights(self, ranges: Record) -> None:
@@ -148,6 +164,8 @@ class Job:
             lambda: scale_inputs(denoiser, ranges, spec, self.classes),
             lambda r: apply_input_scales(denoiser, r),
         )
+        for _, record in self.run.results("bypass"):
+            apply_bypass(denoiser, record)  # how far the first layer reads is not up to the search
 
     def select(self, ranges: Record) -> None:
         """Grids and scales of attention probabilities: DAQ where the plan lets it choose."""
@@ -166,7 +184,8 @@ class Job:
         by_name = {unit.name: unit for unit in self.units}
         trust = self.recipe.alignment.trust if round_ and self.recipe.alignment else 0.0
         how = Fit(spec, iterations, trust, self.recipe.seed + round_, self.settled)
-        with Reconstructor(self.denoiser, self.units, trajectories, how, memory=self.recipe.memory) as reconstructor:
+        seen = inside(self.denoiser, trajectories)
+        with Reconstructor(self.denoiser, self.units, seen, how, memory=self.recipe.memory) as reconstructor:
             self.run.series(
                 f"reconstruct/{round_}", list(by_name), reconstructor.fit, lambda name, r: apply_unit(by_name[name], r)
             )
@@ -192,7 +211,8 @@ class Job:
             raise UsageError(f"the recipe {self.recipe.program!r} has no fit of the whole denoiser to run")
         spec, whole = self.recipe.network.reconstruction(), Unit("network", self.denoiser)
         how = Fit(spec, spec.iterations, seed=self.recipe.seed)
-        with Reconstructor(self.denoiser, [whole], trajectories, how, memory=self.recipe.memory) as reconstructor:
+        seen = inside(self.denoiser, trajectories)
+        with Reconstructor(self.denoiser, [whole], seen, how, memory=self.recipe.memory) as reconstructor:
             self.run.series("network", [whole.name], reconstructor.fit, lambda _, record: apply_unit(whole, record))
 
     def correct(self, trajectories: Trajectories) -> None:

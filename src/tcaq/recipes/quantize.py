@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from tcaq.checkpoint import pack, save
+from tcaq.models.bypass import bypass_of
 from tcaq.models.config import TcaqConfig
 from tcaq.models.correction import correction_of
 from tcaq.models.denoiser import find_denoiser
@@ -72,6 +73,7 @@ def quantize(
             job = Job(pipe, recipe, table, run, judge, share)
             program(job)
         config = TcaqConfig(plan=table, groups=job.groups, recipe=recipe.model_dump(mode="json"))
+        config.bypass = bypass_of(job.denoiser) is not None
         if (correction := correction_of(job.denoiser)) is not None:
             config.correction = correction.bias.shape[1]
         pack(job.denoiser, config)

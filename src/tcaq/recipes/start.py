@@ -6,7 +6,14 @@ from typing import Any
 
 from tcaq.recipes.job import Collected, Job
 
-PLAIN: dict[str, Any] = {"tcr": None, "daq": None, "alignment": None, "network": None, "correction": None}
+PLAIN: dict[str, Any] = {
+    "bypass": None,
+    "tcr": None,
+    "daq": None,
+    "alignment": None,
+    "network": None,
+    "correction": None,
+}
 """Options of a recipe that has nothing of TCAQ-DM's own."""
 BLOCKWISE: dict[str, Any] = {**PLAIN, "reconstruction": {"schedule": "two-phase", "drop": 0.0, "balance": "all"}}
 """The same with block reconstruction as in BRECQ: roundings first, then step sizes, on quantized inputs, errors as they are."""
@@ -15,11 +22,12 @@ BLOCKWISE: dict[str, Any] = {**PLAIN, "reconstruction": {"schedule": "two-phase"
 def start(job: Job) -> Collected:
     """Sample the float model, insert the quantizers, and give every weight and operand its first grid: no gradients.
 
-    Parts that the recipe leaves out (a law of its own for the steps, TCR) leave no record.
+    Parts that the recipe leaves out (a law of its own for the steps, the bypass, TCR) leave no record.
     """
     data = job.collect(0)
     trajectories = job.weigh(data.trajectories)
     job.insert(trajectories)
+    job.bypass(trajectories)
     ranges = job.observe(trajectories)
     job.equalize(ranges)
     job.scale_weights(ranges)

@@ -190,7 +190,9 @@ def _noise(run: Run, finished: Sequence[str]) -> NoiseFit | None:
     tables, timesteps = _only(run, "correct").tensors, _only(run, "observe").tensors["timesteps"]
     groups = StepGroups.of(run.identity["recipe"]["step_groups"], timesteps.tolist())
     row = torch.searchsorted(torch.tensor(groups.boundaries), timesteps.float(), right=True)
-    tried = _only(run, "temper").meta if "temper" in finished else {"strengths": [], "errors": [], "kept": 1.0}
+    tried: Mapping[str, JSON] = (
+        _only(run, "temper").meta if "temper" in finished else {"strengths": [], "errors": [], "kept": 1.0}
+    )
     return NoiseFit(
         timesteps.tolist(),
         tables["slope"][row].tolist(),

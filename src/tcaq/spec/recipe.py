@@ -142,6 +142,18 @@ class Correction(Spec):
     sampler: bool = False
 
 
+class Bypass(Spec):
+    """What x_t has beyond `reach` standard deviations goes around the denoiser with the gain of the float model (ours).
+
+    Low-bit denoisers stop to answer to pixels that lie far out, and samplers that do not clip magnify what was not answered. The
+    gain is measured on `images` trajectories, with a `share` of their elements moved.
+    """
+
+    reach: Annotated[float, Field(ge=1)] = 3.0
+    images: Positive = 16
+    share: Annotated[float, Field(gt=0, le=0.1)] = 1e-3
+
+
 class Alignment(Spec):
     """Progressively aligned reconstruction: further rounds on trajectories of the quantized model.
 
@@ -167,6 +179,7 @@ class Recipe(Spec):
     step_groups: StepGrouping = "per-step"
     layers: Layers = "same"
     calibration: Calibration = Calibration()
+    bypass: Bypass | None = Bypass()
     ranges: RangeSearch = RangeSearch()
     tcr: Tcr | None = Tcr()
     daq: Daq | None = Daq()

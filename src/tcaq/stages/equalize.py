@@ -13,13 +13,17 @@ from tcaq.spec.recipe import Tcr
 from tcaq.stages.observe import channel_maxima
 
 
-def equalize(denoiser: nn.Module, ranges: Record, spec: Tcr) -> Record:
-    """Record r for every layer of the kinds that the recipe names, float32 [in channels], by layer name."""
+def equalize(denoiser: nn.Module, ranges: Record, spec: Tcr, without: nn.Module | None = None) -> Record:
+    """Record r for every layer of the kinds that the recipe names, float32 [in channels], by layer name.
+
+    Args: without: a layer that gets none.
+    """
     vectors = {}
     for name, layer in quantized_layers(denoiser):
         kind = "conv" if isinstance(layer, QuantizedConv2d) else "linear"
         # a grouped convolution shares no input channel between groups, so one vector over all inputs does not fit its weight
-        if isinstance(layer, QuantizedWeight) and kind in spec.kinds and getattr(layer, "groups", 1) == 1:
+        whole = isinstance(layer, QuantizedWeight) and getattr(layer, "groups", 1) == 1
+        if whole and kind in spec.kinds and layer is not without:
             maxima = channel_maxima(ranges, name)
             vectors[name] = tcr_vector(
                 maxima, percentile=spec.percentile, truncate=spec.truncate, strength=spec.strength
