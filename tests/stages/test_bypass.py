@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
@@ -37,8 +39,16 @@ def test_the_gain_of_a_known_denoiser_is_found(scene, monkeypatch):
     record = measure_bypass(scene.unet, scene.trajectories, SPEC, 0)
     expected = [slopes[float(t)] for t in timesteps.sort().values]  # group 0 holds the smallest timestep
     torch.testing.assert_close(record.tensors["gain"], torch.tensor(expected), rtol=1e-4, atol=1e-4)
-    spread = scene.trajectories.samples.flatten(1).std(dim=1)
-    torch.testing.assert_close(record.tensors["reach"], 2.0 * spread[timesteps.argsort()])
+    samples = scene.trajectories.samples
+    reach = (2.0 * samples.flatten(1).std(dim=1)).clamp(min=samples[-1].abs().max())
+    torch.testing.assert_close(record.tensors["reach"], reach[timesteps.argsort()])
+
+
+def test_what_the_images_hold_is_never_cut_off(scene):
+    samples = scene.trajectories.samples.clone()
+    samples[-1, 0, 0, 3, 3] = 7.5
+    record = measure_bypass(scene.unet, replace(scene.trajectories, samples=samples), SPEC, 0)
+    torch.testing.assert_close(record.tensors["reach"], torch.full((len(samples),), 7.5))
 
 
 def test_planted_elements_move_outwards_and_all_others_stay():
