@@ -18,12 +18,14 @@ def plan_command(
     activations: opt.ActivationsOption = None,
     no_daq: opt.NoDaqOption = False,
     plan: opt.PlanOption = "same",
+    linear_inputs: opt.LinearInputsOption = None,
     as_json: opt.JsonFlag = False,
 ) -> None:
     """Print which grid every layer of MODEL would get, and which layers stay float and why."""
     spec = opt.make_recipe(
         recipe, "full", weights=weights, activations=activations, steps=None, samples=None, step_groups=None,
         no_tcr=False, no_daq=no_daq, no_network=False, no_correction=False, rounds=None, seed=0, memory=None, plan=plan,
+        linear_inputs=linear_inputs,
     )  # fmt: skip
     table = resolved_plan(find_denoiser(open_float(model))[1], spec, opt.read_plan(plan))
     if as_json:

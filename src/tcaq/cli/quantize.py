@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tcaq.checkpoint import INDEX
+from tcaq.cli import asking as ask
 from tcaq.cli import options as opt
 from tcaq.cli.app import app, console, notes
 from tcaq.cli.judging import make_judge
@@ -38,6 +39,15 @@ def quantize_command(
     seed: opt.SeedOption = 0,
     memory: opt.MemoryOption = None,
     plan: opt.PlanOption = "same",
+    linear_inputs: opt.LinearInputsOption = None,
+    batch: opt.BatchOption = None,
+    prompts: ask.PromptsOption = None,
+    negative: ask.NegativeOption = None,
+    labels: ask.LabelsOption = None,
+    guidance: ask.GuidanceOption = None,
+    true_guidance: ask.TrueGuidanceOption = None,
+    size: ask.SizeOption = None,
+    tokens: ask.TokensOption = None,
     features: Annotated[
         str | None,
         typer.Option(help="Extractor by which alignment decides when to stop. [default: reference for it, else none]"),
@@ -53,6 +63,8 @@ def quantize_command(
         recipe, preset, weights=weights, activations=activations, steps=steps, samples=samples, step_groups=step_groups,
         no_tcr=no_tcr, no_daq=no_daq, no_network=no_network,
         no_correction=no_correction, rounds=rounds, seed=seed, memory=memory, plan=plan,
+        linear_inputs=linear_inputs, batch=batch,
+        conditions=ask.make_conditions(prompts, negative, labels, guidance, true_guidance, size, tokens),
     )  # fmt: skip
     rules = opt.read_plan(plan)
     pipe = open_float(model)

@@ -65,5 +65,18 @@ class AdaptiveGrid(Spec):
         return f"daq{self.bits}{_density(self.per_octave)}"
 
 
+class TokenGrid(Spec):
+    """Evenly spaced values over the range of each token by itself, found while it runs; for the inputs of linear layers."""
+
+    code: Literal["token"] = "token"
+    bits: Bits
+    signed: ClassVar[bool] = False
+    symmetric: bool = False
+
+    def __str__(self) -> str:
+        return f"token{'-s' if self.symmetric else ''}{self.bits}"
+
+
+InputGrid = AffineGrid | TokenGrid
 ProbabilityGrid = Log2Grid | UnitGrid | AdaptiveGrid
-Grid = Annotated[AffineGrid | Log2Grid | UnitGrid | AdaptiveGrid, Field(discriminator="code")]
+Grid = Annotated[AffineGrid | Log2Grid | UnitGrid | AdaptiveGrid | TokenGrid, Field(discriminator="code")]
