@@ -19,13 +19,11 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     LDMPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
-    PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -68,6 +66,7 @@ def kl_decoder(shift: float | None = None) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(4, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=4, norm_num_groups=2, sample_size=16, shift_factor=shift,
+        force_upcast=False,
     ).eval()  # fmt: skip
 
 
@@ -171,28 +170,28 @@ class Family:
 
     build: Callable[[], DiffusionPipeline]
     conditions: dict[str, Any] = field(default_factory=dict)
-    other: type = DPMSolverMultistepScheduler
+    other: str = "DPMSolverMultistepScheduler"
     calls: int = 1
     component: str = "unet"
 
 
 FAMILIES = {
-    "ldm-vq": Family(lambda: latent(vq_decoder), other=PNDMScheduler),
+    "ldm-vq": Family(lambda: latent(vq_decoder), other="PNDMScheduler"),
     "ldm-kl": Family(lambda: latent(kl_decoder)),
-    "sd": Family(stable_diffusion, TEXT, calls=2, other=PNDMScheduler),
+    "sd": Family(stable_diffusion, TEXT, calls=2, other="PNDMScheduler"),
     "sd2": Family(lambda: stable_diffusion(use_linear_projection=True, attention_head_dim=(1, 2)), TEXT, calls=2),
     "sdxl": Family(sdxl, TEXT | {"negative": "bad"}, calls=2),
     "dit": Family(dit, {"labels": (1, 7, 999)}, calls=2, component="transformer"),
-    "pixart": Family(pixart, PADDED, calls=2, other=EulerDiscreteScheduler, component="transformer"),
-    "sd3": Family(sd3, PADDED, calls=2, other=FlowMatchHeunDiscreteScheduler, component="transformer"),
+    "pixart": Family(pixart, PADDED, calls=2, other="EulerDiscreteScheduler", component="transformer"),
+    "sd3": Family(sd3, PADDED, calls=2, other="FlowMatchHeunDiscreteScheduler", component="transformer"),
     "sd35": Family(
-        lambda: sd3(qk_norm="rms_norm", dual_attention_layers=(0,)), PADDED, calls=2, other=FlowMatchHeunDiscreteScheduler,
+        lambda: sd3(qk_norm="rms_norm", dual_attention_layers=(0,)), PADDED, calls=2, other="FlowMatchHeunDiscreteScheduler",
         component="transformer",
     ),
-    "flux": Family(flux, PADDED, other=FlowMatchHeunDiscreteScheduler, component="transformer"),
+    "flux": Family(flux, PADDED, other="DPMSolverMultistepScheduler", component="transformer"),
     "flux-guided": Family(
         lambda: flux(guidance_embeds=False), PADDED | {"negative": "bad", "true_guidance": 2.0}, calls=2, component="transformer",
-        other=FlowMatchHeunDiscreteScheduler,
+        other="DPMSolverMultistepScheduler",
     ),
 }  # fmt: skip
 

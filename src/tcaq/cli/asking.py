@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
-import diffusers
 import typer
-from diffusers import DDIMPipeline, DiffusionPipeline, SchedulerMixin
 
 from tcaq.errors import UsageError
 from tcaq.spec.conditions import Conditions
@@ -76,21 +74,3 @@ def _size(text: str | None) -> dict[str, int]:
     if found is None:
         raise UsageError(f"--size {text!r}: give pixels as 512, or as height x width: 512x768")
     return {"height": int(found[1]), "width": int(found[2] or found[1])}
-
-
-def use_scheduler(pipe: DiffusionPipeline, name: str | None) -> None:
-    """Give a pipeline another scheduler, with the settings of its own.
-
-    Raises: UsageError if diffusers has no scheduler of that name, or the pipeline can use no other.
-    """
-    if name is None:
-        return
-    kind: Any = getattr(diffusers, name, None)
-    if not isinstance(kind, type) or not issubclass(kind, SchedulerMixin):
-        raise UsageError(
-            f"--scheduler {name!r}: diffusers has no scheduler of that name; it has DDIMScheduler, EulerDiscreteScheduler, "
-            "DPMSolverMultistepScheduler, PNDMScheduler and others"
-        )
-    if isinstance(pipe, DDIMPipeline):
-        raise UsageError("--scheduler: a DDIMPipeline samples with DDIM alone; leave it out")
-    pipe.register_modules(scheduler=cast(Any, kind).from_config(pipe.scheduler.config))

@@ -17,6 +17,7 @@ from tcaq.evaluate.features import load_features
 from tcaq.evaluate.protocol import Protocol, evaluate
 from tcaq.evaluate.real import load_real
 from tcaq.models.prompting import resolve_conditions
+from tcaq.models.switch import use_scheduler
 from tcaq.records import write_json
 
 
@@ -47,7 +48,7 @@ def evaluate_command(
     asked = ask.make_conditions(prompts, negative, labels, guidance, true_guidance, size, tokens)
     quantized, original = open_quantized(folder), open_float(reference)
     for pipe in (quantized, original):
-        ask.use_scheduler(pipe, scheduler)
+        use_scheduler(pipe, scheduler)
     extractor = load_features(features)
     protocol = Protocol(
         extractor=extractor, work=work or folder / "evaluation", num=num, steps=steps, seed=seed, batch=batch,

@@ -16,6 +16,7 @@ from tcaq.errors import UsageError
 from tcaq.models.prompting import resolve_conditions
 from tcaq.models.sampler import batches, sample
 from tcaq.models.seeds import image_seeds
+from tcaq.models.switch import use_scheduler
 from tcaq.records import replacing
 from tcaq.report.grid import grid_image
 
@@ -42,7 +43,7 @@ def sample_command(
         raise UsageError(f"--output {output}: give a name ending in .png for a grid, or a folder for single images")
     asked = ask.make_conditions(prompts, negative, labels, guidance, true_guidance, size, tokens)
     pipe = open_any(model)
-    ask.use_scheduler(pipe, scheduler)
+    use_scheduler(pipe, scheduler)
     conditions = resolve_conditions(pipe, asked)
     parts = []
     with stage_progress() as on_progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -19,8 +20,13 @@ DECODERS = ("vae", "vqvae", "safety_checker", "feature_extractor")
 def sampler_identity(pipe: DiffusionPipeline) -> dict[str, Any]:
     """The scheduler's config, with its class where the config would not tell."""
     name = type(pipe.scheduler).__name__
-    config = {k: v for k, v in sorted(pipe.scheduler.config.items()) if not k.startswith("_")}
+    config = {k: _json(v) for k, v in sorted(pipe.scheduler.config.items()) if not k.startswith("_")}
     return config if name in TOLD_APART else config | {"class": name}
+
+
+def _json(value: Any) -> Any:
+    """A setting as JSON knows it, which has no infinity."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def conditioners(pipe: DiffusionPipeline) -> dict[str, Any]:

@@ -20,6 +20,9 @@ from tcaq.spec.conditions import Conditions
 
 __all__ = ["Trajectories", "batches", "predict", "record", "recording", "sample"]
 
+HALVES = ("BFloat16", "Half")
+"""How torch names half precision where an operation does not know it."""
+
 
 def sample(
     pipe: DiffusionPipeline, seeds: Sequence[int], steps: int, conditions: Conditions | None = None, first: int = 0,
@@ -30,7 +33,7 @@ def sample(
     Args: conditions: prompts, labels, guidance and size (None: of an unconditional model); first: number of the first image, which
         decides on its prompt; options: more arguments of the pipeline's call.
     Returns: uint8 [images, channels, height, width].
-    Raises: ModelError if the pipeline cannot put out images in its dtype.
+    Raises: ModelError if the pipeline cannot sample in its dtype.
     """
     options = call_options(pipe, conditions, range(first, first + len(seeds))) | options
     if "batch_size" in inspect.signature(pipe.__call__).parameters:
@@ -39,11 +42,11 @@ def sample(
     try:
         with holding_weights(find_denoiser(pipe)[1]):
             result = pipe(generator=generators(seeds), num_inference_steps=steps, output_type="np", **options)
-    except TypeError as error:
-        if "BFloat16" not in str(error):
+    except (TypeError, RuntimeError) as error:
+        if not any(half in str(error) for half in HALVES):
             raise
         raise ModelError(
-            f"{type(pipe).__name__} cannot put out images in bfloat16 ({error}); load it in float16 or float32"
+            f"diffusers' {type(pipe).__name__} does not run in half precision ({error}); load it in float32"
         ) from error
     images = torch.from_numpy(result.images).permute(0, 3, 1, 2)
     return images.mul(255).round().to(torch.uint8)
