@@ -19,12 +19,15 @@ from tcaq.runs import Run
 from .tiny import FAMILIES, conditions_of, pipeline_of
 
 EVERY = pytest.mark.parametrize("name", FAMILIES)
+LEARNED = ("ldm-vq", "sd", "sdxl", "dit", "pixart", "sd35", "flux-guided")
+"""One of each kind of block."""
 SEEDS = (1, 2)
 SMALL = {
     "ranges": {"values": 500, "weight_candidates": 4, "input_candidates": 4},
     "reconstruction": {"iterations": 20, "inputs": 8, "batch": 4},
     "alignment": None,
     "network": {"iterations": 2, "inputs": 8, "batch": 4},
+    "correction": {"strengths": []},
 }
 
 
@@ -68,7 +71,7 @@ def test_range_search_through_disk(name, tmp_path):
     assert len(images.unique()) > 2
 
 
-@EVERY
+@pytest.mark.parametrize("name", LEARNED)
 def test_reconstruction_lowers_losses_and_resumes(name, tmp_path):
     made = tcaq.quantize(pipeline_of(name), recipe(name, "tcaq", **SMALL), tmp_path)
     run = Run.read(tmp_path / "run")

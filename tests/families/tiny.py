@@ -154,7 +154,8 @@ def flux(**options: Any) -> DiffusionPipeline:
         "guidance_embeds": True,
     }  # fmt: skip
     return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(), vae=kl_decoder(0.1), text_encoder=clip_encoder(), tokenizer=clip(),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=kl_decoder(0.1), text_encoder=clip_encoder(), tokenizer=clip(),
         text_encoder_2=t5_encoder(), tokenizer_2=t5_tokenizer(),
         transformer=FluxTransformer2DModel(**(defaults | options)).eval(),
     )  # fmt: skip

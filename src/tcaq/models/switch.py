@@ -37,8 +37,8 @@ def _flow_settings(before: Any, kind: type) -> dict[str, Any]:
         return {}
     if becomes or "use_flow_sigmas" not in inspect.signature(kind.__init__).parameters:
         raise UsageError(
-            f"scheduler {kind.__name__!r} does not suit a model of {type(before).__name__}: one of them is of flow matching, the other "
-            "is not"
+            f"scheduler {kind.__name__!r} does not suit a model of {type(before).__name__}: one of them is of flow matching, "
+            "the other is not"
         )
     return {
         "use_flow_sigmas": True,
