@@ -20,6 +20,7 @@ from tcaq.errors import CheckpointError, TcaqError
 from tcaq.models.config import QuantMethod, TcaqConfig
 from tcaq.models.denoiser import COMPONENTS
 from tcaq.models.integrity import REMEDY, Seal, check_names
+from tcaq.models.load import missing_extra
 from tcaq.models.quantizer import TcaqQuantizer, drop_float_weights, register
 
 INDEX = "model_index.json"
@@ -114,6 +115,8 @@ def load(folder: Path, dtype: torch.dtype | None = None) -> DiffusionPipeline:
         return cast(DiffusionPipeline, DiffusionPipeline.from_pretrained(folder, local_files_only=True, **options))
     except TcaqError:
         raise
+    except ImportError as error:
+        raise missing_extra(error) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {error}. {REMEDY}") from error
 

@@ -36,7 +36,7 @@ def resolve_conditions(pipe: DiffusionPipeline, asked: Conditions | None = None)
     if pictures := [name for name in PICTURES if name in takes]:
         raise ModelError(
             f"{type(pipe).__name__} starts from a picture ({', '.join(pictures)}), which calibration has none of; quantize the "
-            "text-to-image pipeline of the same denoiser, or pass `inputs`"
+            "text-to-image pipeline of the same denoiser"
         )
     if not any(name in takes for name in FIELDS.values()):
         return None
