@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tcaq.errors import CheckpointError, TcaqError
+from tcaq.models.adapters import refuse_fusing
+from tcaq.models.card import write_card
 from tcaq.models.config import QuantMethod, TcaqConfig
 from tcaq.models.denoiser import COMPONENTS
 from tcaq.models.integrity import REMEDY, Seal, check_names
@@ -38,6 +40,7 @@ def pack(denoiser: nn.Module, config: TcaqConfig) -> None:
     model.quantization_method = config.quant_method
     model.hf_quantizer = TcaqQuantizer(config)
     model.register_to_config(quantization_config=config)
+    refuse_fusing(model)
 
 
 def save(pipe: DiffusionPipeline, folder: Path, max_shard_size: int | str = "10GB") -> None:
@@ -54,6 +57,7 @@ def save(pipe: DiffusionPipeline, folder: Path, max_shard_size: int | str = "10G
             shutil.rmtree(left_over)
         with TemporaryDirectory(prefix=STAGING, dir=folder) as staging:
             pipe.save_pretrained(staging, safe_serialization=True, max_shard_size=max_shard_size)
+            write_card(pipe, describe(Path(staging))[1], Path(staging))
             _publish(Path(staging), folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(

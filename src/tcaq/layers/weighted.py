@@ -78,6 +78,11 @@ class QuantizedWeight(Moded, nn.Module):
             )
         return weight
 
+    @property
+    def qweight(self) -> Tensor:
+        """The packed codes, under the name by which adapters (peft) find the device of a layer that has no float weight."""
+        return self.weight_quantizer.codes
+
     def drop_float_weight(self) -> None:
         """Keep only the packed codes; float mode is gone afterwards."""
         if (bias := self.float_bias()) is not None and self.bias_correction is not None:

@@ -14,6 +14,7 @@ from tcaq.errors import CheckpointError, PlanError, UsageError
 from tcaq.layers.dequantize import dequantize_layers
 from tcaq.layers.insert import insert, quantized_layers
 from tcaq.layers.weighted import QuantizedWeight
+from tcaq.models.adapters import allow_fusing, refuse_fusing
 from tcaq.models.config import QuantMethod, TcaqConfig
 from tcaq.models.correction import CORRECTION, attach_correction, correction_of
 from tcaq.models.denoiser import attach_clock
@@ -133,6 +134,7 @@ class TcaqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         # a shard may lack what its index promises
         empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
         check_names([], empty)
+        refuse_fusing(model)
         return model
 
     def get_state_dict_and_metadata(
@@ -148,6 +150,7 @@ class TcaqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         dequantize_layers(model, self.quantization_config.torch_dtype)
         model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "quantization_config"})
         del model.quantization_method
+        allow_fusing(model)
         return model
 
     @property
