@@ -35,7 +35,7 @@ def _flow_settings(before: Any, kind: type) -> dict[str, Any]:
     was, becomes = (name.startswith("FlowMatch") for name in (type(before).__name__, kind.__name__))
     if was == becomes:
         return {}
-    if becomes or "use_flow_sigmas" not in inspect.signature(kind.__init__).parameters:
+    if becomes or "use_flow_sigmas" not in inspect.signature(kind).parameters:
         raise UsageError(
             f"scheduler {kind.__name__!r} does not suit a model of {type(before).__name__}: one of them is of flow matching, "
             "the other is not"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from tcaq.spec.base import Spec
 
@@ -77,6 +77,13 @@ class TokenGrid(Spec):
         return f"token{'-s' if self.symmetric else ''}{self.bits}"
 
 
-InputGrid = AffineGrid | TokenGrid
+def _code(grid: object) -> str:
+    """The kind of an input's grid; a plan file may leave out `affine`."""
+    return str(grid.get("code", "affine") if isinstance(grid, dict) else getattr(grid, "code", ""))
+
+
+InputGrid = Annotated[
+    Annotated[AffineGrid, Tag("affine")] | Annotated[TokenGrid, Tag("token")], Discriminator(_code)
+]  # fmt: skip
 ProbabilityGrid = Log2Grid | UnitGrid | AdaptiveGrid
 Grid = Annotated[AffineGrid | Log2Grid | UnitGrid | AdaptiveGrid | TokenGrid, Field(discriminator="code")]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from tcaq.errors import PlanError
 from tcaq.spec.base import Spec
@@ -43,7 +43,7 @@ class Rule(Spec):
     match: str
     kinds: tuple[LayerKind, ...] = ()
     weight: AffineGrid | None = None
-    input: Annotated[InputGrid, Field(discriminator="code")] | None = None
+    input: InputGrid | None = None
     left: Grid | None = None
     right: AffineGrid | None = None
     split: bool = False
