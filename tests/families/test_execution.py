@@ -12,12 +12,14 @@ from tcaq.layers.dequantize import dequantize_layers
 from tcaq.layers.insert import insert, list_layers, quantized_layers
 from tcaq.layers.modes import faking, floating, observing
 from tcaq.layers.split import SplitLinear
+from tcaq.models.architectures import remark
 from tcaq.models.denoiser import attach_clock, find_denoiser
 from tcaq.models.prompting import resolve_conditions
 from tcaq.models.sampler import record
 from tcaq.models.time import time_unit
 from tcaq.models.trajectories import predict
 from tcaq.models.units import concatenations, default_plan, execution_order, resolve
+from tcaq.recipes.job import check_reached
 from tcaq.spec.recipe import RangeSearch
 from tcaq.spec.steps import StepGroups
 from tcaq.stages.observe import observe
@@ -243,9 +245,12 @@ def test_a_denoiser_that_no_table_knows_works_layer_by_layer():
     assert list_layers(stranger)[0].fixed
 
 
-def test_a_layer_that_never_runs_is_named():
-    from tcaq.recipes.job import check_reached
+def test_a_denoiser_that_no_table_knows_is_said_to_be_one():
+    assert "Stranger is in no table" in remark(Stranger())
+    assert remark(conditional_unet()) is None
 
+
+def test_a_layer_that_never_runs_is_named():
     unet = conditional_unet()
     assert isinstance(unet, UNet2DConditionModel)
     unet.spare = nn.Linear(3, 3)

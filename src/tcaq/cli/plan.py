@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from tcaq.cli import options as opt
-from tcaq.cli.app import app, console
+from tcaq.cli.app import app, console, notes
 from tcaq.cli.models import open_float
 from tcaq.cli.table import plan_table
+from tcaq.models.architectures import remark
 from tcaq.models.denoiser import find_denoiser
 from tcaq.recipes.quantize import resolved_plan
 
@@ -27,7 +28,10 @@ def plan_command(
         no_tcr=False, no_daq=no_daq, no_network=False, no_correction=False, rounds=None, seed=0, memory=None, plan=plan,
         linear_inputs=linear_inputs,
     )  # fmt: skip
-    table = resolved_plan(find_denoiser(open_float(model))[1], spec, opt.read_plan(plan))
+    denoiser = find_denoiser(open_float(model))[1]
+    if what := remark(denoiser):
+        notes.print(what)
+    table = resolved_plan(denoiser, spec, opt.read_plan(plan))
     if as_json:
         console.print_json(table.model_dump_json())
     else:

@@ -16,6 +16,8 @@ from tcaq.cli.judging import make_judge
 from tcaq.cli.models import open_float
 from tcaq.cli.progress import stage_progress
 from tcaq.cli.table import plan_summary
+from tcaq.models.architectures import remark
+from tcaq.models.denoiser import find_denoiser
 from tcaq.recipes.quantize import RUN_FOLDER, quantize
 from tcaq.runs import Run
 
@@ -68,6 +70,8 @@ def quantize_command(
     )  # fmt: skip
     rules = opt.read_plan(plan)
     pipe = open_float(model)
+    if what := remark(find_denoiser(pipe)[1]):
+        notes.print(what)
     with stage_progress(quiet=as_json) as on_progress:
         judge = make_judge(model, features)
         quantize(pipe, spec, output, plan=rules, judge=judge, share=share, on_progress=on_progress)

@@ -86,3 +86,13 @@ UNKNOWN = Architecture(known=False)
 def architecture(denoiser: nn.Module) -> Architecture:
     """The table's row for a denoiser; an unknown class has every layer as a unit of its own and no special layers."""
     return ARCHITECTURES.get(type(denoiser).__name__, UNKNOWN)
+
+
+def remark(denoiser: nn.Module) -> str | None:
+    """What a user should know of a denoiser that no table knows; None for the others."""
+    if architecture(denoiser).known:
+        return None
+    return (
+        f"{type(denoiser).__name__} is in no table of architectures: every convolution and linear layer is a unit of its own, none is "
+        "protected by 8 bits, and attention is quantized where its processor is known (docs/add-an-architecture.md)"
+    )
