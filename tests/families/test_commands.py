@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from tcaq.cli import app
+from tcaq.evaluate.sampling import sample_for_evaluation
 from tcaq.models.load import load_pipeline, stored_dtype
 from tcaq.models.prompting import resolve_conditions
 from tcaq.models.sampler import sample
@@ -95,6 +96,16 @@ def test_evaluate_under_both_schedulers_keeps_their_images_apart(folders, tmp_pa
     ]  # a row a step, not one for each half of guidance
     assert all(row["sqnr"] > 15 for row in own["sqnr_per_step"])
     assert own["psnr"] != other["psnr"]
+
+
+def test_evaluation_without_conditions_takes_the_defaults(tmp_path):
+    pipe = pipeline_of("dit")
+    found = sample_for_evaluation(pipe, tmp_path, num=2, steps=1, seed=0, batch=2)
+    asked = resolve_conditions(pipe)
+    assert torch.equal(found.images, sample(pipe, image_seeds("evaluation", 0, 0, 2), 1, asked))
+    (work,) = tmp_path.iterdir()
+    identity = json.loads((work / "run.json").read_text())["identity"]
+    assert identity["conditions"]["labels"] == list(asked.labels)
 
 
 def test_plan_shows_token_grids(folders):

@@ -14,6 +14,7 @@ from tcaq.evaluate.memory import track_peak
 from tcaq.models.denoiser import find_denoiser
 from tcaq.models.identity import conditioners, sampler_identity
 from tcaq.models.load import weights_hash
+from tcaq.models.prompting import resolve_conditions
 from tcaq.models.sampler import batches, record, sample
 from tcaq.models.seeds import image_seeds
 from tcaq.models.trajectories import Trajectories, predict
@@ -33,8 +34,9 @@ def sample_for_evaluation(
 ) -> Sampled:  # fmt: skip
     """Sample `num` images, a batch a record, in a folder below `work` that belongs to this model, schedule and seed.
 
-    Args: conditions: what a conditional model is asked for.
+    Args: conditions: what a conditional model is asked for (None: its defaults).
     """
+    conditions = resolve_conditions(pipe, conditions)
     who = _identity(pipe, steps, seed, batch, conditions)
     parts: list[Record] = []
 

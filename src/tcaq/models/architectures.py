@@ -93,6 +93,6 @@ def remark(denoiser: nn.Module) -> str | None:
     if architecture(denoiser).known:
         return None
     return (
-        f"{type(denoiser).__name__} is in no table of architectures: every convolution and linear layer is a unit of its own, none is "
-        "protected by 8 bits, and attention is quantized where its processor is known (docs/add-an-architecture.md)"
+        f"{type(denoiser).__name__} is in no table of architectures: every convolution and linear layer is a unit of its own, "
+        "none is protected by 8 bits, and attention is quantized where its processor is known (docs/add-an-architecture.md)"
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from tcaq.errors import ModelError
 from tcaq.layers.hold import holding_weights
 from tcaq.models.denoiser import find_denoiser
-from tcaq.models.prompting import call_options
+from tcaq.models.prompting import call_options, resolve_conditions
 from tcaq.models.seeds import generators
 from tcaq.models.trajectories import Trajectories, predict, recording
 from tcaq.spec.conditions import Conditions
@@ -30,12 +30,13 @@ def sample(
 ) -> Tensor:  # fmt: skip
     """One batch of images, each from its own seed.
 
-    Args: conditions: prompts, labels, guidance and size (None: of an unconditional model); first: number of the first image, which
-        decides on its prompt; options: more arguments of the pipeline's call.
+    Args: conditions: prompts, labels, guidance and size (None: the defaults, if it is conditional); first: number of the first
+        image, which decides on its prompt; options: more arguments of the pipeline's call.
     Returns: uint8 [images, channels, height, width].
     Raises: ModelError if the pipeline cannot sample in its dtype.
     """
-    options = call_options(pipe, conditions, range(first, first + len(seeds))) | options
+    asked = resolve_conditions(pipe, conditions)
+    options = call_options(pipe, asked, range(first, first + len(seeds))) | options
     if "batch_size" in inspect.signature(pipe.__call__).parameters:
         options["batch_size"] = len(seeds)
     pipe.set_progress_bar_config(disable=True)
