@@ -76,7 +76,7 @@ def test_save_replaces_a_checkpoint_and_leaves_other_files(other: DDIMPipeline, 
     (folder / ".saving-killed").mkdir()
     (folder / ".saving-killed" / "half").write_bytes(b"x")
     checkpoint.save(other, folder, max_shard_size="40KB")
-    assert sorted(p.name for p in folder.iterdir()) == ["model_index.json", "run", "scheduler", "unet"]
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "model_index.json", "run", "scheduler", "unet"]
     assert not (folder / WEIGHTS).exists()
     assert torch.equal(output(checkpoint.load(folder).unet), output(other.unet))
 
@@ -117,7 +117,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(
 ) -> None:
     with pytest.raises(CheckpointError, match="cannot write the checkpoint"):
         checkpoint.save(other, folder)
-    assert sorted(p.name for p in folder.iterdir()) == ["model_index.json", "scheduler", "unet"]
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "model_index.json", "scheduler", "unet"]
     assert torch.equal(output(checkpoint.load(folder).unet), output(pipe.unet))
 
 

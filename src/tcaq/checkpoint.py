@@ -17,9 +17,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tcaq.errors import CheckpointError, TcaqError
+from tcaq.models.adapters import refuse_fusing
+from tcaq.models.card import write_card
 from tcaq.models.config import QuantMethod, TcaqConfig
 from tcaq.models.denoiser import COMPONENTS
 from tcaq.models.integrity import REMEDY, Seal, check_names
+from tcaq.models.load import missing_extra
 from tcaq.models.quantizer import TcaqQuantizer, drop_float_weights, register
 
 INDEX = "model_index.json"
@@ -37,6 +40,7 @@ def pack(denoiser: nn.Module, config: TcaqConfig) -> None:
     model.quantization_method = config.quant_method
     model.hf_quantizer = TcaqQuantizer(config)
     model.register_to_config(quantization_config=config)
+    refuse_fusing(model)
 
 
 def save(pipe: DiffusionPipeline, folder: Path, max_shard_size: int | str = "10GB") -> None:
@@ -53,6 +57,7 @@ def save(pipe: DiffusionPipeline, folder: Path, max_shard_size: int | str = "10G
             shutil.rmtree(left_over)
         with TemporaryDirectory(prefix=STAGING, dir=folder) as staging:
             pipe.save_pretrained(staging, safe_serialization=True, max_shard_size=max_shard_size)
+            write_card(pipe, describe(Path(staging))[1], Path(staging))
             _publish(Path(staging), folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
@@ -115,6 +120,8 @@ def load(folder: Path | str, dtype: torch.dtype | None = None) -> DiffusionPipel
         return cast(DiffusionPipeline, DiffusionPipeline.from_pretrained(folder, local_files_only=True, **options))
     except TcaqError:
         raise
+    except ImportError as error:
+        raise missing_extra(error) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {error}. {REMEDY}") from error
 

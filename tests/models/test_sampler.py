@@ -78,7 +78,7 @@ def test_sample_shapes_and_recording_leaves_no_hook(tiny_pipeline):
     images = sample(pipe, [1, 2], 2)
     assert images.shape == (2, 1, 16, 16)
     assert images.dtype == torch.uint8
-    with recording(pipe.unet):
+    with recording(pipe.unet, 1):
         pass
     assert not pipe.unet._forward_pre_hooks
 

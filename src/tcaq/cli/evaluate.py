@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from tcaq.cli import asking as ask
 from tcaq.cli.app import app, console
 from tcaq.cli.models import open_float, open_quantized
 from tcaq.cli.progress import stage_progress
@@ -15,6 +16,8 @@ from tcaq.evaluate.evaluate import Evaluation
 from tcaq.evaluate.features import load_features
 from tcaq.evaluate.protocol import Protocol, evaluate
 from tcaq.evaluate.real import load_real
+from tcaq.models.prompting import resolve_conditions
+from tcaq.models.switch import use_scheduler
 from tcaq.records import write_json
 
 
@@ -31,17 +34,29 @@ def evaluate_command(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
     work: Annotated[Path | None, typer.Option(help="Folder of finished batches. [default: DIR/evaluation]")] = None,
+    prompts: ask.PromptsOption = None,
+    negative: ask.NegativeOption = None,
+    labels: ask.LabelsOption = None,
+    guidance: ask.GuidanceOption = None,
+    true_guidance: ask.TrueGuidanceOption = None,
+    size: ask.SizeOption = None,
+    tokens: ask.TokensOption = None,
+    scheduler: ask.SchedulerOption = None,
     as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result here.")] = None,
 ) -> None:
     """Sample both models from the same seeds and measure how far their images are from the data and from each other."""
-    quantized = open_quantized(folder)
+    asked = ask.make_conditions(prompts, negative, labels, guidance, true_guidance, size, tokens)
+    quantized, original = open_quantized(folder), open_float(reference)
+    for pipe in (quantized, original):
+        use_scheduler(pipe, scheduler)
     extractor = load_features(features)
     protocol = Protocol(
         extractor=extractor, work=work or folder / "evaluation", num=num, steps=steps, seed=seed, batch=batch,
         real=None if real is None else load_real(real, extractor),
+        conditions=resolve_conditions(original, asked),
     )  # fmt: skip
     with stage_progress() as on_progress:
-        result, _, _ = evaluate(open_float(reference), quantized, protocol, on_progress)
+        result, _, _ = evaluate(original, quantized, protocol, on_progress)
     if as_json is not None:
         write_json(as_json, result.model_dump(mode="json"))
     console.print(scores_table({folder.name: result}))

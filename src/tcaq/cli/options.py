@@ -11,6 +11,7 @@ import typer
 from tcaq.errors import UsageError
 from tcaq.recipes.presets import preset_recipe
 from tcaq.recipes.registry import RECIPES
+from tcaq.spec.conditions import Conditions
 from tcaq.spec.plan import Plan
 from tcaq.spec.recipe import Layers, Recipe
 
@@ -45,20 +46,34 @@ PlanOption = Annotated[
         metavar="same|author|FILE",
     ),
 ]
+LinearInputsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Inputs of linear layers: static (scales by step group) or token (a grid for each token). [default: static]",
+        metavar="static|token", show_default=False,
+    ),
+]  # fmt: skip
+BatchOption = Annotated[int | None, typer.Option(min=1, help="Images at a time in calibration.", show_default=False)]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 
 
 def make_recipe(
     recipe: str, preset: str, *, weights: int | None, activations: int | None, steps: int | None, samples: int | None,
     step_groups: str | None, rounds: int | None, seed: int, memory: float | None, plan: str = "same",
-    left_out: Collection[str] = (),
+    left_out: Collection[str] = (), linear_inputs: str | None = None, batch: int | None = None,
+    conditions: Conditions | None = None,
 ) -> Recipe:  # fmt: skip
     """The recipe that the options name: a program at a preset or a file, then every option that was given.
 
     Raises: UsageError listing every value that is not allowed.
     """
-    calibration = {k: v for k, v in (("images", samples), ("steps", steps)) if v is not None}
-    given = {"weights": weights, "activations": activations, "memory": memory, "step_groups": _groups(step_groups)}
+    asked = None if conditions is None else conditions.model_dump(mode="json")
+    sizes = {"images": samples, "steps": steps, "batch": batch, "conditions": asked}
+    calibration = {k: v for k, v in sizes.items() if v is not None}
+    given = {
+        "weights": weights, "activations": activations, "memory": memory, "step_groups": _groups(step_groups),
+        "linear_inputs": linear_inputs,
+    }  # fmt: skip
     changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None} | {"seed": seed}
     if plan in get_args(Layers):
         changes["layers"] = plan

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from tcaq.cli import options as opt
-from tcaq.cli.app import app, console
+from tcaq.cli.app import app, console, notes
 from tcaq.cli.models import open_float
 from tcaq.cli.table import plan_table
+from tcaq.models.architectures import remark
 from tcaq.models.denoiser import find_denoiser
 from tcaq.recipes.quantize import resolved_plan
 
@@ -18,14 +19,18 @@ def plan_command(
     activations: opt.ActivationsOption = None,
     no_daq: opt.NoDaqOption = False,
     plan: opt.PlanOption = "same",
+    linear_inputs: opt.LinearInputsOption = None,
     as_json: opt.JsonFlag = False,
 ) -> None:
     """Print which grid every layer of MODEL would get, and which layers stay float and why."""
     spec = opt.make_recipe(
         recipe, "full", weights=weights, activations=activations, steps=None, samples=None, step_groups=None,
-        rounds=None, seed=0, memory=None, plan=plan, left_out=["daq"] if no_daq else [],
+        rounds=None, seed=0, memory=None, plan=plan, left_out=["daq"] if no_daq else [], linear_inputs=linear_inputs,
     )  # fmt: skip
-    table = resolved_plan(find_denoiser(open_float(model))[1], spec, opt.read_plan(plan))
+    denoiser = find_denoiser(open_float(model))[1]
+    if what := remark(denoiser):
+        notes.print(what)
+    table = resolved_plan(denoiser, spec, opt.read_plan(plan))
     if as_json:
         console.print_json(table.model_dump_json())
     else:

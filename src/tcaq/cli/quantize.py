@@ -9,12 +9,15 @@ from typing import Annotated
 import typer
 
 from tcaq.checkpoint import INDEX
+from tcaq.cli import asking as ask
 from tcaq.cli import options as opt
 from tcaq.cli.app import app, console, notes
 from tcaq.cli.judging import make_judge
 from tcaq.cli.models import open_float
 from tcaq.cli.progress import stage_progress
 from tcaq.cli.table import plan_summary
+from tcaq.models.architectures import remark
+from tcaq.models.denoiser import find_denoiser
 from tcaq.recipes.quantize import RUN_FOLDER, quantize
 from tcaq.runs import Run
 
@@ -39,6 +42,15 @@ def quantize_command(
     seed: opt.SeedOption = 0,
     memory: opt.MemoryOption = None,
     plan: opt.PlanOption = "same",
+    linear_inputs: opt.LinearInputsOption = None,
+    batch: opt.BatchOption = None,
+    prompts: ask.PromptsOption = None,
+    negative: ask.NegativeOption = None,
+    labels: ask.LabelsOption = None,
+    guidance: ask.GuidanceOption = None,
+    true_guidance: ask.TrueGuidanceOption = None,
+    size: ask.SizeOption = None,
+    tokens: ask.TokensOption = None,
     features: Annotated[
         str | None,
         typer.Option(help="Extractor by which alignment decides when to stop. [default: reference for it, else none]"),
@@ -56,9 +68,13 @@ def quantize_command(
     spec = opt.make_recipe(
         recipe, preset, weights=weights, activations=activations, steps=steps, samples=samples, step_groups=step_groups,
         rounds=rounds, seed=seed, memory=memory, plan=plan, left_out=[part for part, off in parts.items() if off],
+        linear_inputs=linear_inputs, batch=batch,
+        conditions=ask.make_conditions(prompts, negative, labels, guidance, true_guidance, size, tokens),
     )  # fmt: skip
     rules = opt.read_plan(plan)
     pipe = open_float(model)
+    if what := remark(find_denoiser(pipe)[1]):
+        notes.print(what)
     with stage_progress(quiet=as_json) as on_progress:
         judge = make_judge(model, features)
         quantize(pipe, spec, output, plan=rules, judge=judge, share=share, on_progress=on_progress)

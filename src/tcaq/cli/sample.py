@@ -8,12 +8,15 @@ from typing import Annotated
 import torch
 import typer
 
+from tcaq.cli import asking as ask
 from tcaq.cli.app import app, console
 from tcaq.cli.models import open_any
 from tcaq.cli.progress import stage_progress
 from tcaq.errors import UsageError
+from tcaq.models.prompting import resolve_conditions
 from tcaq.models.sampler import batches, sample
 from tcaq.models.seeds import image_seeds
+from tcaq.models.switch import use_scheduler
 from tcaq.records import replacing
 from tcaq.report.grid import grid_image
 
@@ -26,16 +29,28 @@ def sample_command(
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
     seed: Annotated[int, typer.Option(help="Image i is the same for every batch size.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
+    prompts: ask.PromptsOption = None,
+    negative: ask.NegativeOption = None,
+    labels: ask.LabelsOption = None,
+    guidance: ask.GuidanceOption = None,
+    true_guidance: ask.TrueGuidanceOption = None,
+    size: ask.SizeOption = None,
+    tokens: ask.TokensOption = None,
+    scheduler: ask.SchedulerOption = None,
 ) -> None:
     """Sample images; equal seeds give float and quantized models equal noise, so their images can be compared."""
     if output.suffix and output.suffix != ".png":
         raise UsageError(f"--output {output}: give a name ending in .png for a grid, or a folder for single images")
+    asked = ask.make_conditions(prompts, negative, labels, guidance, true_guidance, size, tokens)
     pipe = open_any(model)
+    use_scheduler(pipe, scheduler)
+    conditions = resolve_conditions(pipe, asked)
     parts = []
     with stage_progress() as on_progress:
         on_progress("images", 0, num, False)
         for chunk in batches(range(num), batch):
-            parts.append(sample(pipe, image_seeds("sample", seed, chunk[0], chunk[-1] + 1), steps))
+            seeds = image_seeds("sample", seed, chunk[0], chunk[-1] + 1)
+            parts.append(sample(pipe, seeds, steps, conditions, chunk[0]))
             on_progress("images", chunk[-1] + 1, num, False)
     images = torch.cat(parts)
     if output.suffix == ".png":

@@ -52,7 +52,7 @@ class ModelScores(Record):
 class StepScore(Record):
     """Noise-prediction SQNR in dB at one timestep."""
 
-    timestep: int
+    timestep: int | float
     sqnr: float
 
 
@@ -158,9 +158,7 @@ def _paired(a: Sampled, b: Sampled, features_a: Tensor, features_b: Tensor, batc
         similarities.append(ssim(y, x))
     steps: tuple[StepScore, ...] = ()
     if a.eps is not None and b.eps is not None and a.timesteps is not None:
-        ratios = sqnr_per_step(a.eps, b.eps)
-        pairs = zip(a.timesteps.tolist(), ratios.tolist(), strict=True)
-        steps = tuple(StepScore(timestep=int(t), sqnr=ratio) for t, ratio in pairs)
+        steps = _step_scores(a.eps, b.eps, a.timesteps)
     moments_a, moments_b = Moments.of(features_a), Moments.of(features_b)
     return PairedScores(
         psnr=float(torch.cat(peaks).double().mean()),
@@ -168,3 +166,13 @@ def _paired(a: Sampled, b: Sampled, features_a: Tensor, features_b: Tensor, batc
         sqnr_per_step=steps,
         fd_to_float=frechet_distance(moments_a.mean, moments_a.covariance, moments_b.mean, moments_b.covariance),
     )
+
+
+def _step_scores(a: Tensor, b: Tensor, timesteps: Tensor) -> tuple[StepScore, ...]:
+    """A score for each step; the calls that guidance makes at one timestep count together."""
+    distinct, step = torch.unique_consecutive(timesteps, return_inverse=True)
+    scores = []
+    for number, t in enumerate(distinct.tolist()):
+        ratio = sqnr_per_step(a[step == number].flatten()[None], b[step == number].flatten()[None])
+        scores.append(StepScore(timestep=int(t) if t == int(t) else t, sqnr=float(ratio)))
+    return tuple(scores)

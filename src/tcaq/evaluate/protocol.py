@@ -9,8 +9,9 @@ from diffusers import DiffusionPipeline
 
 from tcaq.evaluate.evaluate import Evaluation, Sampled, score
 from tcaq.evaluate.features import DataStatistics, FeatureExtractor
-from tcaq.evaluate.sampling import sample_for_evaluation, trace, with_predictions
+from tcaq.evaluate.sampling import TRACED, sample_for_evaluation, trace, with_predictions
 from tcaq.runs import OnProgress, silent
+from tcaq.spec.conditions import Conditions
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Protocol:
 
     Attributes: work: folder for finished batches, so that an interrupted evaluation goes on, and models are not sampled twice;
         num: images; steps: sampling steps; seed: of the noise; batch: images at a time; real: statistics of real data (None: the
-        extractor's own).
+        extractor's own); conditions: what conditional models are asked for.
     """
 
     extractor: FeatureExtractor
@@ -29,6 +30,7 @@ class Protocol:
     seed: int
     batch: int = 32
     real: DataStatistics | None = None
+    conditions: Conditions | None = None
 
 
 def evaluate(
@@ -38,11 +40,18 @@ def evaluate(
     sampled = [
         sample_for_evaluation(
             pipe, protocol.work, num=protocol.num, steps=protocol.steps, seed=protocol.seed, batch=protocol.batch,
+            conditions=protocol.conditions,
             on_progress=lambda stage, done, total, resumed, who=who: on_progress(f"{who} {stage}", done, total, resumed),
         )
         for who, pipe in (("float", float_pipe), ("quantized", quantized_pipe))
     ]  # fmt: skip
-    trajectories = trace(float_pipe, steps=protocol.steps, seed=protocol.seed)
+    trajectories = trace(
+        float_pipe,
+        steps=protocol.steps,
+        seed=protocol.seed,
+        conditions=protocol.conditions,
+        images=min(TRACED, protocol.batch),
+    )
     float_, quantized = (
         with_predictions(part, pipe, trajectories)
         for part, pipe in zip(sampled, (float_pipe, quantized_pipe), strict=True)

@@ -12,11 +12,15 @@ from diffusers import DiffusionPipeline
 from tcaq.evaluate.evaluate import Sampled, versions
 from tcaq.evaluate.memory import track_peak
 from tcaq.models.denoiser import find_denoiser
+from tcaq.models.identity import conditioners, sampler_identity
 from tcaq.models.load import weights_hash
-from tcaq.models.sampler import Trajectories, batches, predict, record, sample
+from tcaq.models.prompting import resolve_conditions
+from tcaq.models.sampler import batches, record, sample
 from tcaq.models.seeds import image_seeds
+from tcaq.models.trajectories import Trajectories, predict
 from tcaq.records import Record, canonical
 from tcaq.runs import OnProgress, Run, silent
+from tcaq.spec.conditions import Conditions
 
 PURPOSE = "evaluation"
 """Seeds of evaluation images; calibration draws from another purpose, so the two never share noise."""
@@ -25,17 +29,22 @@ TRACED = 16
 
 
 def sample_for_evaluation(
-    pipe: DiffusionPipeline, work: Path, *, num: int, steps: int, seed: int, batch: int, on_progress: OnProgress = silent
+    pipe: DiffusionPipeline, work: Path, *, num: int, steps: int, seed: int, batch: int,
+    conditions: Conditions | None = None, on_progress: OnProgress = silent,
 ) -> Sampled:  # fmt: skip
-    """Sample `num` images, a batch a record, in a folder below `work` that belongs to this model, schedule and seed."""
-    who = _identity(pipe, steps, seed, batch)
+    """Sample `num` images, a batch a record, in a folder below `work` that belongs to this model, schedule and seed.
+
+    Args: conditions: what a conditional model is asked for (None: its defaults).
+    """
+    conditions = resolve_conditions(pipe, conditions)
+    who = _identity(pipe, steps, seed, batch, conditions)
     parts: list[Record] = []
 
     def compute(item: str) -> Record:
         start, stop = map(int, item.split("-"))
         began = perf_counter()
         with track_peak() as peak:
-            images = sample(pipe, image_seeds(PURPOSE, seed, start, stop), steps)
+            images = sample(pipe, image_seeds(PURPOSE, seed, start, stop), steps, conditions, start)
         return Record({"images": images}, {"seconds": perf_counter() - began, "peak_memory": peak.bytes})
 
     with Run.open(work / _name(who), who, on_progress) as run:
@@ -48,9 +57,11 @@ def sample_for_evaluation(
     )
 
 
-def trace(pipe: DiffusionPipeline, *, steps: int, seed: int) -> Trajectories:
+def trace(
+    pipe: DiffusionPipeline, *, steps: int, seed: int, conditions: Conditions | None = None, images: int = TRACED
+) -> Trajectories:  # fmt: skip
     """Trajectories of the first evaluation images under a (float) model."""
-    return record(pipe, image_seeds(PURPOSE, seed, 0, TRACED), steps)[1]
+    return record(pipe, image_seeds(PURPOSE, seed, 0, images), steps, conditions)[1]
 
 
 def with_predictions(sampled: Sampled, pipe: DiffusionPipeline, trajectories: Trajectories) -> Sampled:
@@ -59,12 +70,14 @@ def with_predictions(sampled: Sampled, pipe: DiffusionPipeline, trajectories: Tr
     return Sampled(sampled.images, sampled.seconds, sampled.peak_memory, eps, trajectories.timesteps)
 
 
-def _identity(pipe: DiffusionPipeline, steps: int, seed: int, batch: int) -> dict[str, object]:
-    scheduler = {k: v for k, v in sorted(pipe.scheduler.config.items()) if not k.startswith("_")}
+def _identity(
+    pipe: DiffusionPipeline, steps: int, seed: int, batch: int, conditions: Conditions | None
+) -> dict[str, object]:  # fmt: skip
+    asked = {} if conditions is None else {"conditions": conditions.model_dump(mode="json")}
     return {
-        "weights": weights_hash(find_denoiser(pipe)[1]), "pipeline": type(pipe).__name__, "scheduler": scheduler,
+        "weights": weights_hash(find_denoiser(pipe)[1]), "pipeline": type(pipe).__name__, "scheduler": sampler_identity(pipe),
         "steps": steps, "seed": seed, "batch": batch, "versions": versions(),
-    }  # fmt: skip
+    } | asked | conditioners(pipe)  # fmt: skip
 
 
 def _name(identity: dict[str, object]) -> str:

@@ -1,59 +1,77 @@
-"""An attention processor for diffusers' `Attention` whose two products are layers of the plan."""
+"""Attention whose two products are layers of the plan: what every kind of it shares, and self- and cross-attention."""
 
 from __future__ import annotations
 
 from typing import Any, cast
 
 import torch
-from diffusers.models.attention_processor import Attention
-from torch import Tensor
+from torch import Tensor, nn
 
 from tcaq.layers.modes import Mode
 from tcaq.layers.product import QuantizedProduct
-from tcaq.quantizers.clock import StepClock
-from tcaq.spec.plan import LayerGrids
 
 SCORES, MIX = "scores", "mix"
 
 
-def attach_products(attention: Attention, scores: LayerGrids | None, mix: LayerGrids | None, clock: StepClock) -> None:
-    """Give an attention its two products and the processor that uses them."""
-    attention.add_module(SCORES, QuantizedProduct(scores, clock))
-    attention.add_module(MIX, QuantizedProduct(mix, clock))
-    attention.set_processor(cast(Any, ProductProcessor(attention.processor)))
+def runs_float(attn: nn.Module) -> bool:
+    """Whether an attention takes the original arithmetic now."""
+    return all(cast(QuantizedProduct, getattr(attn, name)).mode is Mode.FLOAT for name in (SCORES, MIX))
+
+
+def attend(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """Softmax between the two separate products of an attention.
+
+    Args: q, k, v: float [batch, heads, tokens, dim], keys and values with tokens of their own; mask: added to the scores.
+    Returns: float [batch, tokens, heads * dim].
+    """
+    products = cast(Any, attn)
+    scores = products.scores(q, k.transpose(-1, -2)) * scale
+    if mask is not None:
+        scores = scores + mask
+    half = scores.dtype in (torch.float16, torch.bfloat16)  # whose few digits a sum over many tokens would lose
+    upcast = half or getattr(attn, "upcast_softmax", False)
+    probabilities = torch.softmax(scores.float() if upcast else scores, dim=-1).to(v.dtype)
+    return cast(Tensor, products.mix(probabilities, v)).transpose(1, 2).flatten(2)
+
+
+def heads(attn: nn.Module, x: Tensor) -> Tensor:
+    """[batch, tokens, heads * dim] to [batch, heads, tokens, dim]."""
+    return x.reshape(*x.shape[:-1], cast(int, attn.heads), -1).transpose(1, 2)
+
+
+def normed(norm: nn.Module | None, x: Tensor) -> Tensor:
+    """`x` after a norm, if there is one."""
+    return x if norm is None else cast(Tensor, norm(x))
 
 
 class ProductProcessor:
-    """Runs the original processor in float mode, bit for bit, and explicit products otherwise."""
+    """A processor for diffusers' `Attention`: the original one in float mode, bit for bit, and explicit products otherwise."""
 
     def __init__(self, original: Any) -> None:
         self.original = original
 
     def __call__(
         self,
-        attn: Attention,
+        attn: nn.Module,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Any:
         """Attend over tokens; the arguments and the result are those of diffusers' processors."""
-        products = cast(QuantizedProduct, attn.scores), cast(QuantizedProduct, attn.mix)
-        if all(product.mode is Mode.FLOAT for product in products):
-            result = self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-            return cast(Tensor, result)
-        return _attend(attn, products, hidden_states, encoder_hidden_states, attention_mask, temb)
+        if runs_float(attn):
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        return _attend(cast(Any, attn), hidden_states, encoder_hidden_states, attention_mask, temb)
 
 
 def _attend(
-    attn: Attention,
-    products: tuple[QuantizedProduct, QuantizedProduct],
+    attn: Any,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor | None,
     attention_mask: Tensor | None,
     temb: Tensor | None,
 ) -> Tensor:
-    """diffusers' scaled dot-product attention, with softmax between two separate products."""
+    """diffusers' scaled dot-product attention, over tokens or the pixels of an image."""
     residual = hidden_states
     if attn.spatial_norm is not None:
         hidden_states = attn.spatial_norm(hidden_states, temb)
@@ -65,24 +83,15 @@ def _attend(
     context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
     if encoder_hidden_states is not None and attn.norm_cross:
         context = attn.norm_encoder_hidden_states(encoder_hidden_states)
-    q = _heads(attn, attn.to_q(hidden_states))
-    k, v = _heads(attn, attn.to_k(context)), _heads(attn, attn.to_v(context))
-    q = q if attn.norm_q is None else attn.norm_q(q)
-    k = k if attn.norm_k is None else attn.norm_k(k)
-    scores = products[0](q, k.transpose(-1, -2)) * attn.scale
+    q = normed(attn.norm_q, heads(attn, attn.to_q(hidden_states)))
+    k, v = normed(attn.norm_k, heads(attn, attn.to_k(context))), heads(attn, attn.to_v(context))
+    mask = None
     if attention_mask is not None:
         mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(context))
-        scores = scores + mask.view(len(context), attn.heads, -1, mask.shape[-1])
-    probabilities = torch.softmax(scores.float() if attn.upcast_softmax else scores, dim=-1).to(v.dtype)
-    mixed = products[1](probabilities, v).transpose(1, 2).flatten(2)
-    mixed = attn.to_out[1](attn.to_out[0](mixed))
+        mask = mask.view(len(context), attn.heads, -1, mask.shape[-1])
+    mixed = attn.to_out[1](attn.to_out[0](attend(attn, q, k, v, attn.scale, mask)))
     if image_shape is not None:
         mixed = mixed.transpose(-1, -2).reshape(image_shape)
     if attn.residual_connection:
         mixed = mixed + residual
     return cast(Tensor, mixed / attn.rescale_output_factor)
-
-
-def _heads(attn: Attention, x: Tensor) -> Tensor:
-    """[batch, tokens, heads * dim] to [batch, heads, tokens, dim]."""
-    return x.reshape(*x.shape[:-1], attn.heads, -1).transpose(1, 2)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from tcaq.layers.attention import MIX, SCORES, ProductProcessor
 from tcaq.layers.conv import QuantizedConv2d, conv_options
 from tcaq.layers.insert import replace
 from tcaq.layers.linear import QuantizedLinear
-from tcaq.layers.split import SplitConv2d
+from tcaq.layers.processors import detach_products, has_products
+from tcaq.layers.split import SplitConv2d, SplitLinear
 
 
 def dequantize_layers(model: nn.Module, dtype: torch.dtype) -> None:
@@ -19,19 +18,21 @@ def dequantize_layers(model: nn.Module, dtype: torch.dtype) -> None:
     Inputs are no longer quantized. Args: dtype: of the plain layers' weights.
     """
     modules = list(model.named_modules())
-    split = {name for name, module in modules if isinstance(module, SplitConv2d)}
+    split = {name for name, module in modules if isinstance(module, SplitConv2d | SplitLinear)}
     for name, module in modules:
         if isinstance(module, SplitConv2d):
             replace(model, name, _plain_split(module, dtype))
-        elif isinstance(module, QuantizedConv2d):
+        elif isinstance(module, SplitLinear):
+            replace(model, name, _plain_split_linear(module, dtype))
+        elif isinstance(module, QuantizedConv2d | QuantizedLinear):
             if name.rpartition(".")[0] not in split:
-                replace(model, name, _plain_conv(module, dtype))
-        elif isinstance(module, QuantizedLinear):
-            replace(model, name, _plain_linear(module, dtype))
-        elif isinstance(module, Attention) and isinstance(module.processor, ProductProcessor):
-            delattr(module, SCORES)
-            delattr(module, MIX)
-            module.set_processor(module.processor.original)
+                replace(model, name, _plain(module, dtype))
+        elif has_products(module):
+            detach_products(module)
+
+
+def _plain(layer: QuantizedConv2d | QuantizedLinear, dtype: torch.dtype) -> nn.Module:
+    return _plain_conv(layer, dtype) if isinstance(layer, QuantizedConv2d) else _plain_linear(layer, dtype)
 
 
 def _plain_conv(layer: QuantizedConv2d, dtype: torch.dtype) -> nn.Conv2d:
@@ -47,6 +48,13 @@ def _plain_split(layer: SplitConv2d, dtype: torch.dtype) -> nn.Conv2d:
     whole, rest = _plain_conv(layer.first, dtype), _plain_conv(layer.second, dtype)
     whole.weight = nn.Parameter(torch.cat([whole.weight, rest.weight], dim=1).detach())
     whole.in_channels += rest.in_channels
+    return whole
+
+
+def _plain_split_linear(layer: SplitLinear, dtype: torch.dtype) -> nn.Linear:
+    whole, rest = _plain_linear(layer.first, dtype), _plain_linear(layer.second, dtype)
+    whole.weight = nn.Parameter(torch.cat([whole.weight, rest.weight], dim=1).detach())
+    whole.in_features += rest.in_features
     return whole
 
 

@@ -15,12 +15,13 @@ from tcaq.layers.weighted import QuantizedWeight
 def holding_weights(model: nn.Module) -> Iterator[None]:
     """Inside the block every quantized layer unpacks its weight once, not at every call: a tenth of the time of sampling.
 
-    It costs the memory of a float32 copy of the quantized weights; scales and codes must not change meanwhile.
+    It costs the memory of a copy of the quantized weights, in the model's dtype; scales and codes must not change meanwhile.
     """
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     layers = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
     with torch.no_grad():
         for layer in layers:
-            layer.held = layer.quantized_weight(torch.float32)
+            layer.held = layer.quantized_weight(dtype)
     try:
         yield
     finally:

@@ -5,33 +5,47 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import cast
 
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from tcaq.errors import PlanError
-from tcaq.layers.attention import MIX, SCORES, attach_products
+from tcaq.layers.attention import MIX, SCORES
 from tcaq.layers.conv import QuantizedConv2d
 from tcaq.layers.linear import QuantizedLinear
+from tcaq.layers.processors import attach_products, is_attention, why_float
 from tcaq.layers.product import QuantizedProduct
-from tcaq.layers.split import SplitConv2d
+from tcaq.layers.split import SplitConv2d, SplitLinear
 from tcaq.layers.weighted import QuantizedWeight
 from tcaq.quantizers.clock import StepClock
-from tcaq.spec.plan import LayerGrids, LayerInfo, ResolvedPlan
+from tcaq.spec.plan import LayerGrids, LayerInfo, LayerKind, ResolvedPlan
 
 QuantizedLayer = QuantizedWeight | QuantizedProduct
+MULTIHEAD = "torch's MultiheadAttention reads its weight without calling it"
 
 
 def list_layers(model: nn.Module) -> list[LayerInfo]:
     """Every convolution, linear layer and attention product of a model, in the order of its modules."""
     layers: list[LayerInfo] = []
+    borrowed = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            layers.append(LayerInfo(name, "conv"))
-        elif isinstance(module, nn.Linear):
-            layers.append(LayerInfo(name, "linear"))
-        elif isinstance(module, Attention):
-            layers += [LayerInfo(f"{name}.{SCORES}", "scores"), LayerInfo(f"{name}.{MIX}", "mix")]
+        if isinstance(module, _ConvNd | nn.Linear):
+            kind: LayerKind = "linear" if isinstance(module, nn.Linear) else "conv"
+            layers.append(LayerInfo(name, kind, fixed=MULTIHEAD if id(module) in borrowed else _why_float(module)))
+        elif is_attention(module):
+            why = why_float(module)
+            layers += [LayerInfo(f"{name}.{SCORES}", "scores", fixed=why), LayerInfo(f"{name}.{MIX}", "mix", fixed=why)]
     return layers
+
+
+def _why_float(module: nn.Module) -> str | None:
+    """Why a layer cannot be quantized; None if it can."""
+    if isinstance(module, QuantizedWeight):
+        return None
+    for plain in (nn.Conv2d, nn.Linear):
+        if isinstance(module, plain):
+            own = type(module).forward is plain.forward
+            return None if own else f"a {plain.__name__} of a kind of its own, {type(module).__name__}"
+    return f"{type(module).__name__}: only two-dimensional convolutions are quantized"
 
 
 def insert(model: nn.Module, plan: ResolvedPlan, clock: StepClock) -> None:
@@ -49,7 +63,7 @@ def insert(model: nn.Module, plan: ResolvedPlan, clock: StepClock) -> None:
     with next(model.parameters()).device:  # the new buffers belong beside the weights
         for name, module in list(model.named_modules()):
             layer = grids.get(name)
-            if isinstance(module, Attention):
+            if is_attention(module) and why_float(module) is None:
                 attach_products(module, grids.get(f"{name}.{SCORES}"), grids.get(f"{name}.{MIX}"), clock)
             elif layer is not None and not layer.is_float:
                 replace(model, name, _wrap(module, layer, clock))
@@ -60,6 +74,8 @@ def _wrap(module: nn.Module, grids: LayerGrids, clock: StepClock) -> nn.Module:
         if grids.split is not None:
             return SplitConv2d.wrap(module, grids, clock)
         return QuantizedConv2d.wrap(module, grids, clock)
+    if grids.split is not None:
+        return SplitLinear.wrap(cast(nn.Linear, module), grids, clock)
     return QuantizedLinear.wrap(cast(nn.Linear, module), grids, clock)
 
 

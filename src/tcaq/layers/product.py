@@ -11,13 +11,13 @@ from tcaq.layers.modes import Mode, Moded
 from tcaq.quantizers.affine import AffineQuantizer
 from tcaq.quantizers.clock import StepClock
 from tcaq.quantizers.probability import ProbabilityQuantizer
-from tcaq.spec.grid import AffineGrid, Grid
+from tcaq.spec.grid import AffineGrid, ProbabilityGrid
 from tcaq.spec.plan import LayerGrids
 
 OperandQuantizer = AffineQuantizer | ProbabilityQuantizer
 
 
-def operand_quantizer(grid: Grid, clock: StepClock) -> OperandQuantizer:
+def operand_quantizer(grid: AffineGrid | ProbabilityGrid, clock: StepClock) -> OperandQuantizer:
     """The quantizer for a grid."""
     return AffineQuantizer(grid, clock) if isinstance(grid, AffineGrid) else ProbabilityQuantizer(grid, clock)
 
@@ -35,7 +35,9 @@ class QuantizedProduct(Moded, nn.Module):
     def __init__(self, grids: LayerGrids | None, clock: StepClock) -> None:
         super().__init__()
         quantized = grids is not None and not grids.is_float
-        self.left_quantizer = operand_quantizer(cast(LayerGrids, grids).inputs[0], clock) if quantized else None
+        self.left_quantizer = (
+            operand_quantizer(cast(AffineGrid, cast(LayerGrids, grids).inputs[0]), clock) if quantized else None
+        )
         self.right_quantizer = (
             AffineQuantizer(cast(AffineGrid, cast(LayerGrids, grids).inputs[1]), clock) if quantized else None
         )

@@ -11,8 +11,9 @@ from tcaq.errors import CheckpointError
 from tcaq.layers.modes import Mode, Moded
 from tcaq.quantizers.affine import AffineQuantizer
 from tcaq.quantizers.clock import StepClock
+from tcaq.quantizers.token import TokenQuantizer
 from tcaq.quantizers.weight import WeightQuantizer
-from tcaq.spec.grid import AffineGrid
+from tcaq.spec.grid import AffineGrid, TokenGrid
 from tcaq.spec.plan import LayerGrids
 
 
@@ -32,17 +33,20 @@ class QuantizedWeight(Moded, nn.Module):
     equalizer: Tensor
     bias_correction: Tensor | None = None
     held: Tensor | None = None
-    input_quantizer: AffineQuantizer
+    input_quantizer: AffineQuantizer | TokenQuantizer
     weight_quantizer: WeightQuantizer
 
     def _add_quantizers(self, grids: LayerGrids, clock: StepClock) -> None:
         shape = self.float_weight().shape
         self.register_buffer("equalizer", torch.ones(shape[1] * self.groups))
-        self.input_quantizer = AffineQuantizer(cast(AffineGrid, grids.inputs[0]), clock)
+        grid = grids.inputs[0]
+        self.input_quantizer = (
+            TokenQuantizer(grid) if isinstance(grid, TokenGrid) else AffineQuantizer(cast(AffineGrid, grid), clock)
+        )
         self.weight_quantizer = WeightQuantizer(cast(AffineGrid, grids.weight), shape)
 
     @property
-    def operands(self) -> dict[str, AffineQuantizer]:
+    def operands(self) -> dict[str, AffineQuantizer | TokenQuantizer]:
         """The quantizers of this layer's inputs, by operand name."""
         return {"input": self.input_quantizer}
 
@@ -73,6 +77,11 @@ class QuantizedWeight(Moded, nn.Module):
                 "load that one and quantize it, or run this one as it is"
             )
         return weight
+
+    @property
+    def qweight(self) -> Tensor:
+        """The packed codes, under the name by which adapters (peft) find the device of a layer that has no float weight."""
+        return self.weight_quantizer.codes
 
     def drop_float_weight(self) -> None:
         """Keep only the packed codes; float mode is gone afterwards."""
@@ -118,7 +127,9 @@ class QuantizedWeight(Moded, nn.Module):
     def output_step(self) -> float:
         """What one code of the input is worth in the output, roughly: the scale that a correction of the bias is measured in."""
         weight = self.equalized_weight().detach().flatten(1)
-        return float(weight.norm(dim=1).mean() * self.input_quantizer.scale.mean())
+        given = self.input_quantizer
+        step = given.usual_step if isinstance(given, TokenQuantizer) else float(given.scale.mean())
+        return float(weight.norm(dim=1).mean() * step)
 
     @property
     def is_float(self) -> bool:

@@ -9,6 +9,8 @@ float model has there.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -16,15 +18,16 @@ from torch import Tensor, nn
 
 from tcaq.layers.modes import Mode, Moded
 from tcaq.layers.weighted import QuantizedWeight
+from tcaq.models.architectures import architecture
 from tcaq.models.denoiser import clock_of
-from tcaq.models.units import architecture
+from tcaq.quantizers.affine import AffineQuantizer
 from tcaq.quantizers.clock import StepClock
 
 BYPASS = "input_bypass"
 
 
 class InputBypass(Moded, nn.Module):
-    """Adds `gain * (x - clip(x))` to a prediction, unless the denoiser runs in float.
+    """Adds `gain * (x - clip(x))` to a prediction, whatever it is of, unless the denoiser runs in float.
 
     Attributes: gain: float32 [groups], zero, which changes nothing, until calibrated.
     """
@@ -38,8 +41,11 @@ class InputBypass(Moded, nn.Module):
         self.register_buffer("gain", torch.zeros(clock.count))
 
     def inside(self, x: Tensor) -> Tensor:
-        """`x`, float [batch, channels, ...], clipped to what the first layer's grid holds at the running timestep."""
-        low, high = self._entrance[0].input_quantizer.limits(x.dim())
+        """`x` clipped to what the first layer's grid holds at the running timestep.
+
+        Args: x: float [batch, channels, height, width] or [batch, tokens, channels].
+        """
+        low, high = cast(AffineQuantizer, self._entrance[0].input_quantizer).limits(x.dim())
         gain = self._entrance[0].gain(x.dim())
         return torch.minimum(torch.maximum(x, (low * gain).to(x.dtype)), (high * gain).to(x.dtype))
 
@@ -47,25 +53,40 @@ class InputBypass(Moded, nn.Module):
         """The prediction with what x_t has beyond the grid; channels that only one of both has stay as they are."""
         if self.mode is not Mode.FAKE:
             return prediction
-        channels = min(x.shape[1], prediction.shape[1])
-        rest = (x - self.inside(x))[:, :channels] * self._clock[0].row(self.gain, x.dim()).to(x.dtype)
-        if channels == prediction.shape[1]:
+        axis, channels = common_channels(x, prediction)
+        rest = (x - self.inside(x)).narrow(axis, 0, channels) * self._clock[0].row(self.gain, x.dim()).to(x.dtype)
+        more = prediction.shape[axis] - channels
+        if not more:
             return prediction + rest
-        return torch.cat([prediction[:, :channels] + rest, prediction[:, channels:]], dim=1)
+        first, others = prediction.split([channels, more], dim=axis)
+        return torch.cat([first + rest, others], dim=axis)
+
+
+def common_channels(x: Tensor, prediction: Tensor) -> tuple[int, int]:
+    """The axis of channels, from behind, and how many of them x_t and its prediction have in common: the first ones.
+
+    Inpainting reads more than it predicts, a learned variance is predicted beside the noise.
+
+    Args: both [batch, channels, height, width], or both [batch, tokens, channels].
+    """
+    axis = -3 if x.dim() == 4 else -1
+    return axis, min(x.shape[axis], prediction.shape[axis])
 
 
 def entrance_of(denoiser: nn.Module) -> QuantizedWeight | None:
-    """The quantized layer that reads x_t; None if the denoiser's class is in no table, or its plan leaves that layer in float."""
+    """The layer that reads x_t on a grid of its own; None if the denoiser's class is in no table, or its plan says otherwise."""
     name = architecture(denoiser).entrance
     layer = denoiser.get_submodule(name) if name else None
-    return layer if isinstance(layer, QuantizedWeight) else None
+    fixed = isinstance(layer, QuantizedWeight) and isinstance(layer.input_quantizer, AffineQuantizer)
+    return cast(QuantizedWeight, layer) if fixed else None
 
 
 def attach_bypass(denoiser: nn.Module, entrance: QuantizedWeight) -> InputBypass:
     """Let what the first layer's grid cuts off go around a denoiser with a clock."""
     bypass = InputBypass(clock_of(denoiser), entrance)
     denoiser.add_module(BYPASS, bypass)
-    denoiser.register_forward_hook(_add, with_kwargs=True)
+    sample = next(iter(inspect.signature(denoiser.forward).parameters))
+    denoiser.register_forward_hook(_adding(sample), with_kwargs=True)
     return bypass
 
 
@@ -75,10 +96,13 @@ def bypass_of(denoiser: nn.Module) -> InputBypass | None:
     return found if isinstance(found, InputBypass) else None
 
 
-def _add(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    bypass = cast(InputBypass, getattr(denoiser, BYPASS))
-    x = args[0] if args else kwargs["sample"]
-    if isinstance(output, tuple):
-        return bypass(x, output[0]), *output[1:]
-    output.sample = bypass(x, output.sample)
-    return output
+def _adding(sample: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]:
+    # the name is looked up once: reading a signature inside forward would break torch.compile's graph
+    def add(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        bypass, x = cast(InputBypass, getattr(denoiser, BYPASS)), args[0] if args else kwargs[sample]
+        if isinstance(output, tuple):
+            return bypass(x, output[0]), *output[1:]
+        output.sample = bypass(x, output.sample)
+        return output
+
+    return add

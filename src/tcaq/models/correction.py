@@ -36,18 +36,23 @@ class NoiseCorrection(Moded, nn.Module):
         self.register_buffer("bias", torch.zeros(clock.count, channels))
 
     def forward(self, eps: Tensor) -> Tensor:
-        """Correct `eps`, float [batch, channels, ...]."""
+        """Correct `eps`, float [batch, channels, height, width] or [batch, tokens, channels]."""
         if self.mode is not Mode.FAKE:
             return eps
         clock = self._clock[0]
         bias = self.bias if clock.count == 1 else self.bias[clock.group]
-        bias = bias.reshape(*bias.shape, *[1] * (eps.dim() - 2))
+        bias = channels_second(bias.reshape(*bias.shape, *[1] * (eps.dim() - 2)))
         return remove_noise(eps, clock.row(self.slope, eps.dim()), bias).to(eps.dtype)
 
     def set_rows(self, slope: Tensor, bias: Tensor) -> None:
         """Write the calibrated tables."""
         self.slope.copy_(slope)
         self.bias.copy_(bias)
+
+
+def channels_second(eps: Tensor) -> Tensor:
+    """Predictions of images, [n, channels, ...], as they are; those of tokens, [n, tokens, channels], turned; and back."""
+    return eps.transpose(1, 2) if eps.dim() == 3 else eps
 
 
 def attach_correction(denoiser: nn.Module, channels: int) -> NoiseCorrection:

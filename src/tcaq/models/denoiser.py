@@ -14,6 +14,8 @@ from tcaq.quantizers.clock import StepClock
 from tcaq.spec.steps import StepGroups
 
 COMPONENTS = ("unet", "transformer")
+SECOND = ("unet_2", "transformer_2")
+"""Names of second denoisers."""
 CLOCK = "step_clock"
 
 
@@ -22,10 +24,14 @@ def find_denoiser(pipe: DiffusionPipeline) -> tuple[str, nn.Module]:
 
     Raises: ModelError naming the components there are, if none of them is a denoiser.
     """
-    for name in COMPONENTS:
-        module = getattr(pipe, name, None)
-        if isinstance(module, nn.Module):
-            return name, module
+    found = [name for name in (*COMPONENTS, *SECOND) if isinstance(getattr(pipe, name, None), nn.Module)]
+    if len(found) > 1:
+        raise ModelError(
+            f"{type(pipe).__name__} has several denoisers ({', '.join(found)}), between which it changes while it samples; only "
+            "pipelines of one are supported"
+        )
+    if found and found[0] in COMPONENTS:
+        return found[0], getattr(pipe, found[0])
     there = ", ".join(sorted(pipe.components)) or "none"
     raise ModelError(
         f"{type(pipe).__name__} has no denoiser: looked for the components {' or '.join(COMPONENTS)}, it has {there}. "

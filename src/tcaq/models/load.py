@@ -2,31 +2,65 @@
 
 from __future__ import annotations
 
+import json
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub.constants import ENDPOINT
+from safetensors import safe_open
 from torch import nn
 
-from tcaq.errors import ModelError, NumericalError
+from tcaq.errors import MissingExtraError, ModelError, NumericalError, TcaqError
+from tcaq.models.denoiser import COMPONENTS
+
+FULL_PRECISION = ("DDIMPipeline", "DDPMPipeline", "LDMPipeline")
+"""Pipelines that draw their noise, or put out their images, in float32 alone."""
 
 
 def load_pipeline(model: str, dtype: torch.dtype | None = None) -> DiffusionPipeline:
     """Load a pipeline from a local diffusers directory or, by its id, from the Hub.
 
-    Raises: ModelError saying what was looked for and what to do.
+    Args: dtype: None: that of the denoiser's file, so that a large model does not take twice the memory of its file.
+    Raises: ModelError saying what was looked for and what to do; MissingExtraError if its text encoder needs one.
     """
     folder = Path(model)
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise ModelError(f"{model!r} exists but is no diffusers pipeline directory: it has no model_index.json")
-    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     try:
-        return cast(DiffusionPipeline, DiffusionPipeline.from_pretrained(model, **options))
+        place = folder if folder.exists() else Path(DiffusionPipeline.download(model))
+        return cast(DiffusionPipeline, DiffusionPipeline.from_pretrained(model, dtype=dtype or stored_dtype(place)))
+    except ImportError as error:
+        raise missing_extra(error) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        tried = "a local directory" if folder.exists() else "a local directory (there is none) and a Hub id"
-        raise ModelError(f"cannot load {model!r}, tried as {tried}: {error}") from error
+        tried = "a local directory" if folder.exists() else f"a local directory (there is none) and an id at {ENDPOINT}"
+        raise ModelError(
+            f"cannot load {model!r}, tried as {tried}: {error}. Check the name and the connection, or give the directory of a "
+            "downloaded pipeline"
+        ) from error
+
+
+def missing_extra(error: ImportError) -> TcaqError:
+    """What is not installed, and how to install it."""
+    return MissingExtraError("transformers", "transformers") if "transformers" in str(error) else ModelError(str(error))
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of a pipeline's denoiser on disk if it is half precision and the pipeline runs in it, else float32."""
+    index = json.loads((folder / "model_index.json").read_text())
+    if index.get("_class_name") in FULL_PRECISION:
+        return torch.float32
+    names = set[str]()
+    for file in (path for name in COMPONENTS for path in (folder / name).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            names |= {opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118
+    return (
+        {"F16": torch.float16, "BF16": torch.bfloat16}.get(names.pop(), torch.float32)
+        if len(names) == 1
+        else torch.float32
+    )
 
 
 def weights_hash(module: nn.Module) -> str:

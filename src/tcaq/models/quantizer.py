@@ -15,6 +15,7 @@ from tcaq.layers.dequantize import dequantize_layers
 from tcaq.layers.insert import insert, quantized_layers
 from tcaq.layers.modes import Mode, moded
 from tcaq.layers.weighted import QuantizedWeight
+from tcaq.models.adapters import allow_fusing, refuse_fusing
 from tcaq.models.bypass import BYPASS, attach_bypass, bypass_of, entrance_of
 from tcaq.models.config import QuantMethod, TcaqConfig
 from tcaq.models.correction import CORRECTION, attach_correction, correction_of
@@ -139,6 +140,7 @@ class TcaqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         # a shard may lack what its index promises
         empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
         check_names([], empty)
+        refuse_fusing(model)
         return model
 
     def get_state_dict_and_metadata(
@@ -156,6 +158,7 @@ class TcaqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             part.mode = Mode.FLOAT  # what was measured on quantized inputs no longer holds
         model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "quantization_config"})
         del model.quantization_method
+        allow_fusing(model)
         return model
 
     @property

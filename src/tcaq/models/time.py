@@ -9,7 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from tcaq.errors import ModelError
-from tcaq.models.units import Unit, architecture
+from tcaq.models.architectures import architecture
+from tcaq.models.units import Unit
+
+MIXED = ("addition_embed_type", "class_embed_type", "num_class_embeds", "time_cond_proj_dim")
+"""Fields of a U-Net's config that mix the embedding with other conditions."""
 
 
 class TimePath(nn.Module):
@@ -36,6 +40,12 @@ class TimePath(nn.Module):
 
 def time_unit(denoiser: nn.Module) -> Unit:
     """The time path as a unit. Raises: ModelError if the denoiser has none of the kind known here."""
+    config = cast(Any, getattr(denoiser, "config", {}))
+    if mixed := [name for name in MIXED if config.get(name) is not None]:
+        raise ModelError(
+            f"{type(denoiser).__name__} adds other embeddings to that of the timestep ({', '.join(mixed)}), so its time path is no "
+            "function of the timestep alone; choose a recipe without this unit"
+        )
     blocks = [m for m in denoiser.modules() if isinstance(getattr(m, "time_emb_proj", None), nn.Linear)]
     if not blocks or not hasattr(denoiser, "time_embedding"):
         raise ModelError(

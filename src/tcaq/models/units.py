@@ -1,50 +1,19 @@
-"""What `tcaq` knows of each denoiser class, as data: its units, and the layers that low bits hurt most."""
+"""A denoiser's units in execution order, and the plan of its layers, both from the table of architectures."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
 
 from torch import nn
 
 from tcaq.layers.insert import list_layers
 from tcaq.layers.modes import Moded
-from tcaq.spec.grid import AdaptiveGrid, AffineGrid, ProbabilityGrid, UnitGrid
+from tcaq.models.architectures import architecture
+from tcaq.spec.grid import AdaptiveGrid, AffineGrid, ProbabilityGrid, TokenGrid, UnitGrid
 from tcaq.spec.plan import Plan, ResolvedPlan, Rule
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One denoiser class.
-
-    Attributes: units: class names of the blocks that reconstruction fits at once; edges: name patterns of the first and last
-        layers; time: of the time embedding's layers; projections: of the layers that bring the embedding into each block;
-        entrance: name of the layer that reads x_t.
-    """
-
-    units: tuple[str, ...] = ()
-    edges: tuple[str, ...] = ()
-    time: tuple[str, ...] = ()
-    projections: tuple[str, ...] = ()
-    entrance: str = ""
-
-
-ARCHITECTURES = {
-    "UNet2DModel": Architecture(
-        units=("ResnetBlock2D", "Attention"),
-        edges=("conv_in", "conv_out"),
-        time=("time_embedding.*",),
-        projections=("*.time_emb_proj",),
-        entrance="conv_in",
-    ),
-}
-UNKNOWN = Architecture()
-
-
-def architecture(denoiser: nn.Module) -> Architecture:
-    """The table's row for a denoiser; an unknown class has every layer as a unit of its own and no special layers."""
-    return ARCHITECTURES.get(type(denoiser).__name__, UNKNOWN)
 
 
 @dataclass(frozen=True)
@@ -81,6 +50,7 @@ def execution_order(denoiser: nn.Module, run: Callable[[], object]) -> list[Unit
 def default_plan(
     denoiser: nn.Module, weights: int, activations: int, per_octave: int | None = 1, *,
     split: bool = False, symmetric: bool = False, products: bool = True, probability_bits: int | None = None,
+    tokens: bool = False,
 ) -> Plan:  # fmt: skip
     """Every layer quantized: the first and last layers and the time embedding at 8 bits, everything else as asked.
 
@@ -89,7 +59,8 @@ def default_plan(
     Args: weights, activations: bits; per_octave: DAQ chooses for attention probabilities between an even grid and a log2 grid
         with so many values to each halving; None: they have an even grid; split: the two halves of concatenated inputs get
         grids of their own; symmetric: zero points in the middle; products: whether attention products are quantized;
-        probability_bits: of attention probabilities (None: as activations).
+        probability_bits: of attention probabilities (None: as activations); tokens: inputs of linear layers have a grid for
+        each token, found while it runs.
     """
     row = architecture(denoiser)
     affine = partial(AffineGrid, symmetric=symmetric)
@@ -98,16 +69,20 @@ def default_plan(
     probabilities: ProbabilityGrid = UnitGrid(bits=chosen)
     if per_octave is not None:
         probabilities = AdaptiveGrid(bits=chosen, per_octave=per_octave)
-    special = [Rule(match=pattern, weight=eight, input=eight) for pattern in (*row.edges, *row.time)]
-    special += [Rule(match=pattern, weight=weight, input=eight) for pattern in row.projections]
+    # a class has variants: not each of them has every layer that its row of the table speaks of
+    special = [Rule(match=pattern, weight=eight, input=eight, optional=True) for pattern in (*row.edges, *row.time)]
+    special += [Rule(match=pattern, weight=weight, input=eight, optional=True) for pattern in row.projections]
     attention = [
         Rule(match="*", kinds=("scores",), left=operand, right=operand, optional=True),
         Rule(match="*", kinds=("mix",), left=probabilities, right=operand, optional=True),
     ]
     if not products:
         attention = [Rule(match="*", kinds=("scores", "mix"), reason="the method quantizes no products", optional=True)]
-    others = Rule(match="*", kinds=("conv", "linear"), weight=weight, input=operand, split=split)
-    return Plan(rules=(*special, *attention, others))
+    others = [Rule(match="*", kinds=("conv", "linear"), weight=weight, input=operand, split=split, optional=tokens)]
+    if tokens:
+        each = TokenGrid(bits=activations, symmetric=symmetric)
+        others = [Rule(match="*", kinds=("linear",), weight=weight, input=each, optional=True), *others]
+    return Plan(rules=(*special, *attention, *others))
 
 
 def resolve(denoiser: nn.Module, plan: Plan) -> ResolvedPlan:
@@ -117,7 +92,18 @@ def resolve(denoiser: nn.Module, plan: Plan) -> ResolvedPlan:
 
 
 def concatenations(denoiser: nn.Module) -> dict[str, int]:
-    """The shortcut convolutions on a U-Net's way up, by name, and how many channels the state has that a skip is joined to."""
+    """The layers that read two tensors put together, by name, and how many channels the first of them has."""
+    row = architecture(denoiser)
+    found = {
+        name: module.out_features
+        for name, module in denoiser.named_modules()
+        if isinstance(module, nn.Linear) and any(fnmatchcase(name, pattern) for pattern in row.joints)
+    }
+    return found | (_shortcuts(denoiser) if row.known else {})
+
+
+def _shortcuts(denoiser: nn.Module) -> dict[str, int]:
+    """The shortcut convolutions on a U-Net's way up, which read the state and a skip connection."""
     found: dict[str, int] = {}
     middle = getattr(denoiser, "mid_block", None)
     hidden = middle.resnets[-1].out_channels if middle is not None else 0

@@ -29,7 +29,7 @@ class StepClock(nn.Module):
 
     def set(self, timestep: Tensor | float) -> None:
         """Write the groups of the samples' timesteps: a number, a 0-d tensor or a tensor [batch]."""
-        t = torch.as_tensor(timestep).reshape(-1).float()
+        t = torch.as_tensor(timestep).reshape(-1).float().contiguous()  # pipelines expand one number to a batch
         self.group = torch.searchsorted(self.boundaries.to(t.device), t, right=True)
 
     def row(self, table: Tensor, dims: int) -> Tensor:

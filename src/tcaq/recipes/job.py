@@ -11,14 +11,15 @@ import torch
 from diffusers import DDIMPipeline, DiffusionPipeline
 from torch import Tensor, nn
 
-from tcaq.errors import UsageError
+from tcaq.errors import ModelError, UsageError
 from tcaq.layers.insert import insert, quantized_layers
 from tcaq.models.bypass import bypass_of, entrance_of
 from tcaq.models.denoiser import attach_clock, clock_of, find_denoiser
-from tcaq.models.sampler import Trajectories, batches
+from tcaq.models.sampler import batches
 from tcaq.models.scheduler import noise_aware
 from tcaq.models.seeds import image_seeds
 from tcaq.models.time import time_unit
+from tcaq.models.trajectories import Trajectories
 from tcaq.models.units import Unit, execution_order
 from tcaq.recipes.share import share_collection
 from tcaq.records import Record
@@ -78,7 +79,8 @@ class Job:
         items, parts = [f"batch-{i}" for i in range(len(groups))], list[Record]()
 
         def compute(item: str) -> Record:
-            return collect(self.pipe, groups[int(item.removeprefix("batch-"))], spec.steps)
+            number = int(item.removeprefix("batch-"))
+            return collect(self.pipe, groups[number], spec.steps, spec.conditions, number * spec.batch)
 
         shared = round_ == 0 and self.share is not None
         source = (
@@ -102,9 +104,10 @@ class Job:
         self.groups = StepGroups.of(self.recipe.step_groups, trajectories.timesteps.tolist())
         denoiser = self.denoiser.eval()
         insert(denoiser, self.plan, attach_clock(denoiser, self.groups))
-        first = trajectories.samples[0, :1], trajectories.timesteps[:1]
+        first = next(trajectories.calls())[:1]
         with torch.no_grad():
-            self.units = execution_order(denoiser, lambda: denoiser(*first))
+            self.units = execution_order(denoiser, lambda: first(denoiser))
+        check_reached(denoiser, self.units)
 
     def bypass(self, trajectories: Trajectories) -> None:
         """Say how far the first layer reads, if the recipe lets the rest go around the denoiser."""
@@ -264,6 +267,16 @@ class Job:
         judge = self.judge
         return self.run.step(
             f"score/{round_}", lambda: Record({}, {"fd": judge(float_images, images)}), lambda r: float(r.meta["fd"])
+        )
+
+
+def check_reached(denoiser: nn.Module, units: list[Unit]) -> None:
+    """Raises: ModelError naming the quantized layers that no unit of a traced pass holds."""
+    reached = {layer for unit in units for _, layer in quantized_layers(unit.module)}
+    if idle := [name for name, layer in quantized_layers(denoiser) if layer not in reached]:
+        raise ModelError(
+            f"{type(denoiser).__name__} never runs {', '.join(idle[:8])}{' and more' if len(idle) > 8 else ''}, so nothing can be "
+            "observed there; keep these layers in float by a plan rule with a reason"
         )
 
 

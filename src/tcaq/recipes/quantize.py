@@ -16,7 +16,9 @@ from tcaq.models.bypass import bypass_of
 from tcaq.models.config import TcaqConfig
 from tcaq.models.correction import correction_of
 from tcaq.models.denoiser import find_denoiser
+from tcaq.models.identity import conditioners, sampler_identity
 from tcaq.models.load import weights_hash
+from tcaq.models.prompting import resolve_conditions
 from tcaq.models.units import resolve
 from tcaq.recipes.job import Job, Judge
 from tcaq.recipes.registry import entry
@@ -38,10 +40,17 @@ def identity(pipe: DiffusionPipeline, recipe: Recipe, table: ResolvedPlan, *, ju
         "recipe": recipe.model_dump(mode="json"),
         "plan": table.model_dump(mode="json"),
         "weights": weights_hash(find_denoiser(pipe)[1]),
-        "scheduler": {k: v for k, v in sorted(pipe.scheduler.config.items()) if not k.startswith("_")},
+        "scheduler": sampler_identity(pipe),
         "judged": judged,
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
-    }
+    } | conditioners(pipe)
+
+
+def with_conditions(pipe: DiffusionPipeline, recipe: Recipe) -> Recipe:
+    """The recipe with everything written out that calibration will ask the pipeline for."""
+    conditions = resolve_conditions(pipe, recipe.calibration.conditions)
+    calibration = recipe.calibration.model_copy(update={"conditions": conditions})
+    return recipe if conditions is None else recipe.model_copy(update={"calibration": calibration})
 
 
 def quantize(
@@ -63,7 +72,7 @@ def quantize(
     Returns: the same pipeline, its denoiser holding packed integer codes; `save_pretrained` writes the checkpoint.
     Raises: UsageError, PlanError, ModelError, NumericalError, RunError.
     """
-    recipe = recipe or Recipe()
+    recipe = with_conditions(pipe, recipe or Recipe())
     program = entry(recipe.program).program
     table = resolved_plan(find_denoiser(pipe)[1], recipe, plan)
     who = identity(pipe, recipe, table, judged=judge is not None)

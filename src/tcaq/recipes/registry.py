@@ -35,7 +35,10 @@ class Entry:
         """The rules that a recipe goes by where the user gives none."""
         per_octave = recipe.daq.per_octave(recipe.activations) if recipe.daq else None
         own = self.author if recipe.layers == "author" else {}
-        return default_plan(denoiser, recipe.weights, recipe.activations, per_octave, **self.traits, **own)
+        tokens = recipe.linear_inputs == "token"
+        return default_plan(
+            denoiser, recipe.weights, recipe.activations, per_octave, tokens=tokens, **self.traits, **own
+        )  # fmt: skip
 
 
 RECIPES = {

@@ -11,7 +11,8 @@ from tcaq.records import Record, canonical
 from tcaq.runs import Run
 
 SHARED = ("weights", "scheduler", "versions")
-"""Of a run's identity, what float trajectories depend on, beside the calibration's size and seed."""
+OPTIONAL = ("conditioners",)
+"""Of a run's identity, what float trajectories depend on beside the calibration's size and seed; only some have the latter."""
 
 
 def share_collection(
@@ -22,8 +23,10 @@ def share_collection(
     Args: identity: of the quantization; quantizations that differ only in what does not matter here find the same run.
     """
     recipe = identity["recipe"]
-    sizes = {name: recipe["calibration"][name] for name in ("images", "steps", "batch")}
-    who = {name: identity[name] for name in SHARED} | {"calibration": sizes, "seed": recipe["seed"]}
+    calibration = recipe["calibration"]
+    sizes = {name: calibration[name] for name in ("images", "steps", "batch", "conditions") if name in calibration}
+    known = {name: identity[name] for name in (*SHARED, *OPTIONAL) if name in identity}
+    who = known | {"calibration": sizes, "seed": recipe["seed"]}
     found: dict[str, Record] = {}
 
     def obtain(item: str) -> Record:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from tcaq.errors import UsageError
 
@@ -15,6 +15,15 @@ class Spec(BaseModel):
     """A frozen specification that round-trips JSON."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)  # JSON has neither
+
+    LATER: ClassVar[tuple[str, ...]] = ()
+    """Fields that came later: left out of the JSON while they have their default, so that runs made before them stay the same."""
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        unused = {name for name in self.LATER if getattr(self, name) == type(self).model_fields[name].default}
+        return {name: value for name, value in fields.items() if name not in unused}
 
     @classmethod
     def read(cls, path: Path) -> Self:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from tcaq.spec.base import Spec
 
@@ -65,5 +65,25 @@ class AdaptiveGrid(Spec):
         return f"daq{self.bits}{_density(self.per_octave)}"
 
 
+class TokenGrid(Spec):
+    """Evenly spaced values over the range of each token by itself, found while it runs; for the inputs of linear layers."""
+
+    code: Literal["token"] = "token"
+    bits: Bits
+    signed: ClassVar[bool] = False
+    symmetric: bool = False
+
+    def __str__(self) -> str:
+        return f"token{'-s' if self.symmetric else ''}{self.bits}"
+
+
+def _code(grid: object) -> str:
+    """The kind of an input's grid; a plan file may leave out `affine`."""
+    return str(grid.get("code", "affine") if isinstance(grid, dict) else getattr(grid, "code", ""))
+
+
+InputGrid = Annotated[
+    Annotated[AffineGrid, Tag("affine")] | Annotated[TokenGrid, Tag("token")], Discriminator(_code)
+]  # fmt: skip
 ProbabilityGrid = Log2Grid | UnitGrid | AdaptiveGrid
-Grid = Annotated[AffineGrid | Log2Grid | UnitGrid | AdaptiveGrid, Field(discriminator="code")]
+Grid = Annotated[AffineGrid | Log2Grid | UnitGrid | AdaptiveGrid | TokenGrid, Field(discriminator="code")]

@@ -11,7 +11,7 @@ from pydantic import model_validator
 
 from tcaq.errors import PlanError
 from tcaq.spec.base import Spec
-from tcaq.spec.grid import AffineGrid, Grid
+from tcaq.spec.grid import AffineGrid, Grid, InputGrid, TokenGrid
 
 LayerKind = Literal["conv", "linear", "scores", "mix"]
 """conv, linear; scores: the product q k^T of an attention; mix: the product p v of its probabilities and values."""
@@ -21,12 +21,14 @@ LayerKind = Literal["conv", "linear", "scores", "mix"]
 class LayerInfo:
     """A layer that a plan must decide on: its dotted name in the denoiser, and its kind.
 
-    joint: where its input was put together from two tensors, the channels of the first one; else None.
+    joint: where its input was put together from two tensors, the channels of the first one; else None;
+    fixed: why it cannot be quantized, whatever a plan says; None if it can.
     """
 
     name: str
     kind: LayerKind
     joint: int | None = None
+    fixed: str | None = None
 
 
 class Rule(Spec):
@@ -34,13 +36,14 @@ class Rule(Spec):
 
     `weight` and `input` speak of convolutions and linear layers; `left` and `right` of the operands of an attention
     product (scores: q, k; mix: probabilities, v). A rule without grids keeps its layers in float and must give a
-    `reason`. `split` quantizes the two halves of a concatenated input, and their weights, each by itself.
+    `reason`. `split` quantizes the two halves of a concatenated input, and their weights, each by itself. A linear
+    layer may have a `token` grid for its input.
     """
 
     match: str
     kinds: tuple[LayerKind, ...] = ()
     weight: AffineGrid | None = None
-    input: AffineGrid | None = None
+    input: InputGrid | None = None
     left: Grid | None = None
     right: AffineGrid | None = None
     split: bool = False
@@ -104,6 +107,9 @@ class Plan(Spec):
         used: set[int] = set()
         rows: list[LayerGrids] = []
         for layer in layers:
+            if layer.fixed is not None:
+                rows.append(LayerGrids(name=layer.name, kind=layer.kind, reason=layer.fixed))
+                continue
             index = next((i for i, rule in enumerate(self.rules) if rule.applies(layer)), None)
             if index is None:
                 unmatched = f"no rule matches layer {layer.name!r} ({layer.kind})"
@@ -132,9 +138,13 @@ def _decide(rule: Rule, layer: LayerInfo) -> LayerGrids:
         raise PlanError(f"rule {rule.match!r} gives {layer.kind} layer {layer.name!r} no {missing} grid")
     if product:
         left = rule.left
-        if layer.kind == "scores" and not isinstance(left, AffineGrid):
+        if isinstance(left, TokenGrid) or (layer.kind == "scores" and not isinstance(left, AffineGrid)):
             raise PlanError(f"rule {rule.match!r}: {layer.name!r} takes an affine grid on its left, not {left}")
         return LayerGrids(name=layer.name, kind=layer.kind, inputs=(left, rule.right))  # type: ignore[arg-type]
+    if isinstance(rule.input, TokenGrid) and layer.kind != "linear":
+        raise PlanError(
+            f"rule {rule.match!r}: {layer.kind} layer {layer.name!r} has no tokens; give it an affine input grid"
+        )
     split = layer.joint if rule.split else None
     return LayerGrids(name=layer.name, kind=layer.kind, weight=rule.weight, inputs=(rule.input,), split=split)  # type: ignore[arg-type]
 

@@ -8,11 +8,13 @@ from pydantic import Field
 
 from tcaq.numerics.powerlaw import Alternative
 from tcaq.spec.base import Spec
+from tcaq.spec.conditions import Conditions
 from tcaq.spec.grid import Bits
 from tcaq.spec.law import Even, Law
 from tcaq.spec.steps import StepGrouping
 
 Layers = Literal["same", "author"]
+LinearInputs = Literal["static", "token"]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -20,13 +22,17 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 class Calibration(Spec):
     """What is recorded: `images` trajectories of `steps` steps; every step of every image, in batches of `batch`.
 
-    `law` says how often each recorded step is used.
+    `law` says how often each recorded step is used; `conditions` what conditional models are asked for (None: the pipeline's
+    defaults, and the built-in prompts).
     """
+
+    LATER = ("conditions",)
 
     images: Positive = 64
     steps: Positive = 50
     batch: Positive = 32
     law: Law = Even()
+    conditions: Conditions | None = None
 
 
 class RangeSearch(Spec):
@@ -170,14 +176,17 @@ class Recipe(Spec):
 
     `layers` "same" plans the same layers whatever the program, "author" those that the authors' own code quantizes.
     `network` (ours) fits the whole denoiser as one unit after the last round, on trajectories of the quantized model;
-    `correction` comes last.
+    `correction` comes last. `linear_inputs` "token" gives the inputs of linear layers a grid for each token, found while it runs.
     """
+
+    LATER = ("linear_inputs",)
 
     program: str = "tcaq"
     weights: Bits = 4
     activations: Bits = 4
     step_groups: StepGrouping = "per-step"
     layers: Layers = "same"
+    linear_inputs: LinearInputs = "static"
     calibration: Calibration = Calibration()
     bypass: Bypass | None = Bypass()
     ranges: RangeSearch = RangeSearch()

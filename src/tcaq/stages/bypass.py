@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from tcaq.errors import ModelError
 from tcaq.layers.modes import floating
-from tcaq.models.bypass import attach_bypass, bypass_of, entrance_of
+from tcaq.models.bypass import attach_bypass, bypass_of, common_channels, entrance_of
 from tcaq.models.denoiser import clock_of
-from tcaq.models.sampler import Trajectories, predict
+from tcaq.models.trajectories import Trajectories, predict
+from tcaq.quantizers.affine import AffineQuantizer
 from tcaq.records import Record
 from tcaq.spec.recipe import Bypass
 from tcaq.stages.rows import Rows, table_rows
@@ -26,14 +28,15 @@ def measure_bypass(denoiser: nn.Module, trajectories: Trajectories, spec: Bypass
 
     Args: seed: of the choice of elements.
     """
-    inner = replace(trajectories, samples=trajectories.samples[:, : spec.images])
+    inner = trajectories.first(spec.images)
     spread, image = trajectories.samples.flatten(1).float().std(dim=1), trajectories.samples[-1].abs().max().float()
     reach = torch.maximum(spec.reach * spread, image)
     edge, moved = planted(inner.samples, reach, spec.share, torch.Generator().manual_seed(seed))
     with floating(denoiser):
         answers = [predict(denoiser, replace(inner, samples=samples)) for samples in (edge, moved)]
-    channels = min(edge.shape[2], answers[0].shape[2])
-    step, answer = (moved - edge)[:, :, :channels].flatten(1), (answers[1] - answers[0])[:, :, :channels].flatten(1)
+    axis, channels = common_channels(edge[0], answers[0][0])
+    step, answer = (pair[1] - pair[0] for pair in ((edge, moved), answers))
+    step, answer = (change.narrow(axis, 0, channels).flatten(1).float() for change in (step, answer))
     rows = table_rows(clock_of(denoiser).boundaries, trajectories.timesteps)
     return Record(
         {
@@ -67,7 +70,7 @@ def apply_bypass(denoiser: nn.Module, record: Record) -> None:
         raise ModelError(
             f"{type(denoiser).__name__} has no quantized first layer that is known; leave the bypass out (`bypass`: null)"
         )
-    quantizer = entrance.input_quantizer
+    quantizer = cast(AffineQuantizer, entrance.input_quantizer)
     zero_point = (quantizer.low + quantizer.high + 1) // 2
     scale = record.tensors["reach"] / (quantizer.high - zero_point)
     quantizer.set_rows(scale, torch.full_like(scale, zero_point))

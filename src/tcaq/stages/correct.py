@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from tcaq.layers.modes import faking, floating
-from tcaq.models.correction import attach_correction, correction_of
+from tcaq.models.correction import attach_correction, channels_second, correction_of
 from tcaq.models.denoiser import clock_of
-from tcaq.models.sampler import Trajectories, predict
+from tcaq.models.trajectories import Trajectories, predict
 from tcaq.numerics.correction import fit_noise
 from tcaq.records import Record
 from tcaq.spec.recipe import Correction
@@ -25,6 +25,9 @@ def correct(denoiser: nn.Module, trajectories: Trajectories, spec: Correction) -
     with faking(denoiser):
         quantized = predict(denoiser, trajectories)
     rows = table_rows(clock_of(denoiser).boundaries, trajectories.timesteps)
+    quantized, original = (
+        channels_second(eps.flatten(0, 1)).unflatten(0, eps.shape[:2]) for eps in (quantized, original)
+    )
     fits = [fit_noise(quantized[steps].flatten(0, 1), original[steps].flatten(0, 1)) for steps in rows.positions]
     tables = {name: torch.stack([getattr(fit, name) for fit in fits]).float() for name in ("slope", "bias", "variance")}
     tables["slope"] = tables["slope"].clamp(min=STEEPEST) * spec.slope

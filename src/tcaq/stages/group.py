@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tcaq.layers.modes import faking, floating
 from tcaq.models.denoiser import clock_of
-from tcaq.models.sampler import Trajectories
+from tcaq.models.trajectories import Trajectories
 from tcaq.quantizers.affine import AffineQuantizer
 from tcaq.records import Record
 from tcaq.spec.recipe import Grouping, RangeSearch
@@ -34,10 +34,9 @@ def group(
     mixtures = [Mixture(quantizer, start, groups_of_steps) for _, _, quantizer, _ in affine_operands(denoiser)]
     logits = (torch.nn.functional.one_hot(start, int(start.max()) + 1).float() * spec.confidence).requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=spec.rate)
-    samples, timesteps = draw_inputs(trajectories, spec.inputs, seed)
+    inputs = draw_inputs(trajectories, spec.inputs, seed)
     with floating(denoiser), torch.no_grad():
-        parts = zip(samples.split(spec.batch), timesteps.split(spec.batch), strict=True)
-        targets = torch.cat([denoiser(x, t).sample for x, t in parts])
+        targets = torch.cat([part(denoiser) for part in inputs.split(spec.batch)])
     generator = torch.Generator().manual_seed(seed)
     losses: list[float] = []
     frozen = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
@@ -49,7 +48,7 @@ def group(
             mixture.mix(shares)
         rows = torch.randint(len(targets), (min(spec.batch, len(targets)),), generator=generator)
         with faking(denoiser):
-            error = denoiser(samples[rows], timesteps[rows]).sample - targets[rows]
+            error = inputs[rows](denoiser) - targets[rows]
         loss = (error.flatten(1).square().mean(1) / targets[rows].flatten(1).square().mean(1).clamp(min=1e-20)).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -59,7 +58,11 @@ def group(
         mixture.quantizer.log_gain = None
     for parameter in frozen:
         parameter.requires_grad_(True)
-    return Record({"classes": logits.detach().argmax(dim=1), "start": start}, {"losses": losses})
+    classes = logits.detach().argmax(dim=1)
+    # calls at one timestep share a row, which followed the last of them
+    last_of = torch.zeros(clock.count, dtype=torch.int64)
+    last_of[groups_of_steps] = torch.arange(len(groups_of_steps))
+    return Record({"classes": classes[last_of[groups_of_steps]], "start": start}, {"losses": losses})
 
 
 def uniform_classes(timesteps: Tensor, count: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tcaq.errors import NumericalError
 from tcaq.layers.insert import channel_axis, quantized_layers
 from tcaq.layers.weighted import QuantizedWeight
-from tcaq.models.sampler import Trajectories
+from tcaq.models.trajectories import Trajectories
 from tcaq.records import Record
 from tcaq.stages.operands import draw_rows, visiting
 
@@ -32,9 +32,9 @@ def observe(denoiser: nn.Module, trajectories: Trajectories, values: int, seed: 
         found.add(name, operand, value, axes[name])
 
     with visiting(denoiser, visit):
-        for found.step, (x, timestep) in enumerate(zip(trajectories.samples, trajectories.timesteps, strict=True)):
-            for found.chunk, part in enumerate(x.split(CHUNK)):
-                denoiser(part, timestep)
+        for found.step, inputs in enumerate(trajectories.calls()):
+            for found.chunk, part in enumerate(inputs.split(CHUNK)):
+                part(denoiser)
     return Record({"timesteps": trajectories.timesteps, "shares": trajectories.shares} | found.tables)
 
 

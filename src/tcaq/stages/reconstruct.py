@@ -17,7 +17,8 @@ from tcaq.layers.insert import QuantizedLayer, quantized_layers
 from tcaq.layers.modes import Mode, running
 from tcaq.layers.weighted import QuantizedWeight
 from tcaq.models.denoiser import clock_of
-from tcaq.models.sampler import Trajectories
+from tcaq.models.inputs import Inputs
+from tcaq.models.trajectories import Trajectories
 from tcaq.models.units import Unit
 from tcaq.numerics.shares import quotas
 from tcaq.quantizers.affine import AffineQuantizer
@@ -25,7 +26,9 @@ from tcaq.quantizers.clock import StepClock
 from tcaq.records import Record
 from tcaq.spec.recipe import Reconstruction
 from tcaq.stages.cache import ActivationCache
-from tcaq.stages.replay import Call, Replay
+from tcaq.stages.call import Call
+from tcaq.stages.precise import precise
+from tcaq.stages.replay import Replay
 
 CORRECTION = "bias_correction"
 
@@ -51,12 +54,26 @@ class Fit:
 
 @dataclass(frozen=True)
 class Teaching:
-    """What a unit learns from: its inputs in the float and in the quantized stream, the float outputs, and each row's timestep."""
+    """What a unit learns from: its inputs in the float and in the quantized stream, the float outputs, and each row's timestep.
+
+    A block of two streams, text and image, puts out two tensors; the error of each counts relative to `sizes`, its mean power.
+    """
 
     float_inputs: Call
     inputs: Call
-    targets: Tensor
+    targets: list[Tensor]
     timesteps: Tensor
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def distance(self, outputs: list[Tensor], rows: Tensor, power: float) -> Tensor:
+        """Each sample's error over all outputs, float [rows]."""
+        parts = [distance(output, target[rows], power) for output, target in zip(outputs, self.targets, strict=True)]
+        if len(parts) == 1:
+            return parts[0]
+        sizes = [distance(target, torch.zeros_like(target), power).mean().clamp(min=1e-20) for target in self.targets]
+        return torch.stack([part / size for part, size in zip(parts, sizes, strict=True)]).sum(dim=0)
 
 
 class Reconstructor:
@@ -69,11 +86,10 @@ class Reconstructor:
         """Args: how: of every unit, and the seed of the choice of inputs; memory: GiB of activations kept in memory."""
         self.denoiser, self.how = denoiser, how
         self.units = {unit.name: unit for unit in units}
-        batch = how.spec.batch
-        samples, self.timesteps = draw_inputs(trajectories, how.spec.inputs, how.seed)
-        batches = list(zip(samples.split(batch), self.timesteps.split(batch), strict=True))
+        inputs = draw_inputs(trajectories, how.spec.inputs, how.seed)
+        self.timesteps = inputs.timestep
         self.cache = ActivationCache(int(memory * 2**30), spill)
-        self.replay = Replay(denoiser, units, batches, self.cache)
+        self.replay = Replay(denoiser, units, inputs.split(how.spec.batch), self.cache)
 
     def __enter__(self) -> Self:
         return self
@@ -84,17 +100,20 @@ class Reconstructor:
         self.cache.__exit__(kind, error, trace)
 
     def fit(self, name: str) -> Record:
-        """Fit one unit and record its codes, scales, and loss before and after."""
+        """Fit one unit, in float32 whatever the model's dtype, and record its codes, scales, and loss before and after."""
         unit = self.units[name]
-        return fit(unit, self._teaching(unit), clock_of(self.denoiser), self.how)
+        teaching = self._teaching(unit)
+        with precise(unit.module):
+            return fit(unit, teaching, clock_of(self.denoiser), self.how)
 
     def _teaching(self, unit: Unit) -> Teaching:
-        float_inputs = self.replay.inputs(unit, Mode.FLOAT)
-        inputs = self.replay.inputs(unit, Mode.FAKE)
-        with running(unit.module, Mode.FLOAT), torch.no_grad():
-            rows = len(self.timesteps)
-            parts = [rows_of(float_inputs, part)(unit.module) for part in torch.arange(rows).split(self.how.spec.batch)]
-        return Teaching(float_inputs, inputs, torch.cat(parts), self.timesteps)
+        float_inputs = self.replay.inputs(unit, Mode.FLOAT).cast(torch.float32)
+        inputs = self.replay.inputs(unit, Mode.FAKE).cast(torch.float32)
+        with precise(unit.module), running(unit.module, Mode.FLOAT), torch.no_grad():
+            rows = torch.arange(len(self.timesteps)).split(self.how.spec.batch)
+            parts = [rows_of(float_inputs, part)(unit.module) for part in rows]
+        targets = [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
+        return Teaching(float_inputs, inputs, targets, self.timesteps)
 
 
 def fit(unit: Unit, teaching: Teaching, clock: StepClock, how: Fit) -> Record:
@@ -112,13 +131,13 @@ def fit(unit: Unit, teaching: Teaching, clock: StepClock, how: Fit) -> Record:
 
 def time_teaching(unit: Unit, timesteps: Tensor) -> Teaching:
     """For a unit that depends on the timestep alone: every timestep there is, the same in both streams."""
-    call = Call((timesteps,), {})
+    call = Call.of((timesteps,), {}, len(timesteps))
     with running(unit.module, Mode.FLOAT), torch.no_grad():
         return Teaching(call, call, call(unit.module), timesteps)
 
 
-def draw_inputs(trajectories: Trajectories, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """`count` of the recorded (x_t, t), each step as often as its share says, in random order; [n, ...] and [n]."""
+def draw_inputs(trajectories: Trajectories, count: int, seed: int) -> Inputs:
+    """`count` of the recorded inputs, each call as often as its share says, in random order."""
     steps, images = trajectories.samples.shape[:2]
     generator = torch.Generator().manual_seed(seed)
     # a random order of the images for each step, of which each step gives as many as its quota from the first on
@@ -126,7 +145,7 @@ def draw_inputs(trajectories: Trajectories, count: int, seed: int) -> tuple[Tens
     pairs = torch.stack([torch.arange(steps).expand(images, steps), order], dim=-1)
     pairs = pairs[torch.arange(images)[:, None] < quotas(trajectories.shares, count, images)]
     pairs = pairs[torch.randperm(len(pairs), generator=generator)]
-    return trajectories.samples[pairs[:, 0], pairs[:, 1]], trajectories.timesteps[pairs[:, 0]]
+    return trajectories.draw(pairs[:, 0], pairs[:, 1])
 
 
 def rows_of(call: Call, rows: Tensor) -> Call:
@@ -140,12 +159,14 @@ def distance(output: Tensor, target: Tensor, power: float) -> Tensor:
     return error.reshape(len(error), -1).mean(dim=1)
 
 
-def quantized_outputs(unit: Unit, teaching: Teaching, clock: StepClock, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The unit's outputs as it is now on its quantized inputs, each with its target, batch by batch."""
-    for rows in torch.arange(len(teaching.timesteps)).split(batch):
+def quantized_outputs(
+    unit: Unit, teaching: Teaching, clock: StepClock, batch: int
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """The unit's outputs as it is now on its quantized inputs, each with the numbers of its rows, batch by batch."""
+    for rows in torch.arange(len(teaching)).split(batch):
         clock.set(teaching.timesteps[rows])
         with torch.no_grad():
-            yield rows_of(teaching.inputs, rows)(unit.module), teaching.targets[rows]
+            yield rows_of(teaching.inputs, rows)(unit.module), rows
 
 
 def initial_distances(unit: Unit, teaching: Teaching, clock: StepClock, spec: Reconstruction) -> Tensor:
@@ -154,7 +175,7 @@ def initial_distances(unit: Unit, teaching: Teaching, clock: StepClock, spec: Re
     Returns: float [inputs]; never zero.
     """
     pairs = quantized_outputs(unit, teaching, clock, spec.batch)
-    found = torch.cat([distance(output, target, spec.power) for output, target in pairs])
+    found = torch.cat([teaching.distance(outputs, rows, spec.power) for outputs, rows in pairs])
     if spec.balance == "all":
         return found.mean().clamp(min=1e-20).expand(len(found))
     clock.set(teaching.timesteps)
@@ -164,10 +185,13 @@ def initial_distances(unit: Unit, teaching: Teaching, clock: StepClock, spec: Re
 
 
 def unit_loss(unit: Unit, teaching: Teaching, clock: StepClock, spec: Reconstruction) -> float:
-    """Error of the quantized unit on quantized inputs, relative to the mean square of its float output."""
-    pairs = quantized_outputs(unit, teaching, clock, spec.batch)
-    total = sum(float((output - target).double().square().sum()) for output, target in pairs)
-    loss = total / float(teaching.targets.double().square().sum().clamp(min=1e-30))
+    """Error of the quantized unit on quantized inputs, relative to the mean square of its float output; the mean over outputs."""
+    totals = [0.0] * len(teaching.targets)
+    for outputs, rows in quantized_outputs(unit, teaching, clock, spec.batch):
+        for i, (output, target) in enumerate(zip(outputs, teaching.targets, strict=True)):
+            totals[i] += float((output - target[rows]).double().square().sum())
+    powers = [float(target.double().square().sum().clamp(min=1e-30)) for target in teaching.targets]
+    loss = sum(total / power for total, power in zip(totals, powers, strict=True)) / len(totals)
     if not math.isfinite(loss):
         raise NumericalError(f"the quantized output of unit {unit.name!r} is not finite")
     return loss
@@ -201,12 +225,12 @@ def learn(
     for parameter in frozen:
         parameter.requires_grad_(False)
     for iteration in range(iterations):
-        rows = torch.randint(len(teaching.timesteps), (spec.batch,), generator=generator)
+        rows = torch.randint(len(teaching), (spec.batch,), generator=generator)
         clock.set(teaching.timesteps[rows])
         inputs = rows_of(teaching.inputs, rows).zip(
             rows_of(teaching.float_inputs, rows), lambda q, f: mixed(q, f, spec.drop, generator)
         )
-        error = distance(inputs(unit.module), teaching.targets[rows], spec.power)
+        error = teaching.distance(inputs(unit.module), rows, spec.power)
         loss = (error / initial[rows]).mean()
         beta = annealed(iteration, iterations, warmup)
         if weights and beta is not None:

@@ -8,74 +8,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tcaq.layers.modes import Mode, running
+from tcaq.models.architectures import architecture
+from tcaq.models.inputs import Inputs
 from tcaq.models.units import Unit
 from tcaq.stages.cache import ActivationCache
-
-
-@dataclass(frozen=True)
-class Call:
-    """The arguments of one call of a unit, or of several calls joined along the batch."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Call:
-        """The call with `change` applied to every tensor among the arguments."""
-        return Call(
-            tuple(change(a) if isinstance(a, Tensor) else a for a in self.args),
-            {k: change(a) if isinstance(a, Tensor) else a for k, a in self.kwargs.items()},
-        )
-
-    def zip(self, other: Call, mix: Callable[[Tensor, Tensor], Tensor]) -> Call:
-        """Combine with another call of the same unit, tensor by tensor."""
-        pairs = zip(self.args, other.args, strict=True)
-        return Call(
-            tuple(mix(a, b) if isinstance(a, Tensor) else a for a, b in pairs),
-            {k: mix(a, other.kwargs[k]) if isinstance(a, Tensor) else a for k, a in self.kwargs.items()},
-        )
-
-    def __call__(self, module: nn.Module) -> Tensor:
-        """Run a unit on these arguments."""
-        result = module(*self.args, **self.kwargs)
-        return result if isinstance(result, Tensor) else result[0]
-
-
-def join(calls: Sequence[Call]) -> Call:
-    """Batches of calls as one call."""
-    first = calls[0]
-    return Call(
-        tuple(torch.cat([c.args[i] for c in calls]) if isinstance(a, Tensor) else a for i, a in enumerate(first.args)),
-        {k: torch.cat([c.kwargs[k] for c in calls]) if isinstance(a, Tensor) else a for k, a in first.kwargs.items()},
-    )
+from tcaq.stages.call import Call, join
 
 
 class _ReachedError(Exception):
     """Carries the arguments of the unit that a pass was looking for out of the forward pass."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__("unit reached")
-        self.call = call
+        self.args_, self.kwargs = args, kwargs
 
 
 class Replay:
     """Passes of a denoiser over fixed batches of inputs, unit by unit."""
 
     def __init__(
-        self,
-        denoiser: nn.Module,
-        units: Sequence[Unit],
-        batches: Sequence[tuple[Tensor, Tensor]],
-        cache: ActivationCache,
-    ) -> None:
-        """Batches: (x_t [n, ...], t [n]) each."""
+        self, denoiser: nn.Module, units: Sequence[Unit], batches: Sequence[Inputs], cache: ActivationCache
+    ) -> None:  # fmt: skip
+        """Args: units: in execution order; batches: what the denoiser is given; cache: for the outputs of units."""
         self.denoiser, self.units, self.batches, self.cache = denoiser, units, batches, cache
+        self._shared = frozenset(architecture(denoiser).shared)
+        self._forms: dict[tuple[str, str, int], list[bool] | None] = {}
 
     @torch.no_grad()
     def inputs(self, unit: Unit, mode: Mode) -> Call:
@@ -83,17 +47,18 @@ class Replay:
         return join([self._reach(unit, mode, batch) for batch in range(len(self.batches))])
 
     def _reach(self, target: Unit, mode: Mode, batch: int) -> Call:
+        inputs = self.batches[batch]
         with running(self.denoiser, mode), self._intercepting(target, mode, batch):
             try:
-                self.denoiser(*self.batches[batch])
+                inputs(self.denoiser)
             except _ReachedError as reached:
-                return reached.call
+                return Call.of(reached.args_, reached.kwargs, len(inputs), self._shared)
         raise RuntimeError(f"unit {target.name} was not reached")
 
     @contextmanager
     def _intercepting(self, target: Unit, mode: Mode, batch: int) -> Iterator[None]:
         def stop(*args: Any, **kwargs: Any) -> Tensor:
-            raise _ReachedError(Call(args, kwargs))
+            raise _ReachedError(args, kwargs)
 
         for unit in self.units:
             # an instance attribute hides the class's forward until it is deleted again
@@ -104,13 +69,31 @@ class Replay:
             for unit in self.units:
                 del unit.module.forward
 
-    def _replaying(self, unit: Unit, mode: Mode, batch: int) -> Callable[..., Tensor]:
-        original, key = unit.module.forward, (mode.value, unit.name, batch)
+    def _replaying(self, unit: Unit, mode: Mode, batch: int) -> Callable[..., Any]:
+        original, numbers = unit.module.forward, count()
 
-        def answer(*args: Any, **kwargs: Any) -> Tensor:
-            if key not in self.cache:
-                # one memory layout whether computed, kept or spilled: kernels round differently for different strides
-                self.cache.put(key, original(*args, **kwargs).contiguous())
-            return self.cache.get(key)
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            # a layer that a model uses twice in a pass has two outputs
+            key = (mode.value, f"{unit.name}@{next(numbers)}", batch)
+            if key not in self._forms:
+                self._keep(key, original(*args, **kwargs))
+            return self._recall(key)
 
         return answer
+
+    def _keep(self, key: tuple[str, str, int], result: Any) -> None:
+        """Put a unit's output into the cache: a tensor, or a tuple of tensors of which some may be None."""
+        mode, unit, batch = key
+        parts = result if isinstance(result, tuple) else (result,)
+        for i, part in enumerate(parts):
+            if part is not None:
+                # one memory layout whether computed, kept or spilled: kernels round differently for different strides
+                self.cache.put((mode, f"{unit}#{i}", batch), part.contiguous())
+        self._forms[key] = [part is not None for part in parts] if isinstance(result, tuple) else None
+
+    def _recall(self, key: tuple[str, str, int]) -> Any:
+        mode, unit, batch = key
+        form = self._forms[key]
+        if form is None:
+            return self.cache.get((mode, f"{unit}#0", batch))
+        return tuple(self.cache.get((mode, f"{unit}#{i}", batch)) if there else None for i, there in enumerate(form))

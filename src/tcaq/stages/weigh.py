@@ -6,7 +6,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from tcaq.models.sampler import Trajectories
+from tcaq.models.architectures import architecture
+from tcaq.models.denoiser import find_denoiser
+from tcaq.models.trajectories import Trajectories
 from tcaq.numerics.shares import active, skewed_normal
 from tcaq.records import Record
 from tcaq.spec.law import Active, Even, Law, SkewedNormal, Stride
@@ -19,10 +21,11 @@ def weigh(pipe: DiffusionPipeline, trajectories: Trajectories, law: Law) -> Reco
     steps, images = trajectories.samples.shape[:2]
     match law:
         case SkewedNormal():
-            last = float(pipe.scheduler.config.num_train_timesteps - 1)
+            own = architecture(find_denoiser(pipe)[1]).last
+            last = float(pipe.scheduler.config.num_train_timesteps - 1) if own is None else own
             weights = skewed_normal(trajectories.timesteps, last, law.mean, law.deviation)
         case Stride():
-            weights = (torch.arange(steps) % law.every == 0).double()
+            weights = (trajectories.steps % law.every == 0).double()
         case Active():
             weights = active(entropies(trajectories), steps * images, law.price).double()
         case Even():

@@ -1,0 +1,79 @@
+"""From conditions to the arguments of a pipeline's call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from tcaq.errors import ModelError, UsageError
+from tcaq.models.denoiser import find_denoiser
+from tcaq.spec.conditions import PROMPTS, Conditions
+
+FIELDS = {
+    "prompts": "prompt", "negative": "negative_prompt", "labels": "class_labels", "guidance": "guidance_scale",
+    "true_guidance": "true_cfg_scale", "height": "height", "width": "width", "tokens": "max_sequence_length",
+}  # fmt: skip
+"""The argument of a pipeline's call that each field sets."""
+PICTURES = ("image", "mask_image", "control_image", "source_image")
+CLASSES = 16
+"""How many classes are sampled where none are asked for, evenly over all there are."""
+
+
+def resolve_conditions(pipe: DiffusionPipeline, asked: Conditions | None = None) -> Conditions | None:
+    """What the pipeline will be asked for, with every default written out; None if it takes no conditions.
+
+    Raises: UsageError naming each field that the pipeline has no argument for; ModelError if it needs an input image.
+    """
+    takes = inspect.signature(pipe.__call__).parameters
+    given = {} if asked is None else asked.model_dump(exclude_defaults=True)
+    if wrong := [name for name in given if FIELDS[name] not in takes]:
+        raise UsageError(
+            f"{type(pipe).__name__} takes no {', '.join(FIELDS[name] for name in wrong)}: leave out {', '.join(wrong)}"
+        )
+    if pictures := [name for name in PICTURES if name in takes]:
+        raise ModelError(
+            f"{type(pipe).__name__} starts from a picture ({', '.join(pictures)}), which calibration has none of; quantize the "
+            "text-to-image pipeline of the same denoiser"
+        )
+    if not any(name in takes for name in FIELDS.values()):
+        return None
+    defaults: dict[str, Any] = {}
+    if "prompt" in takes:
+        defaults["prompts"] = PROMPTS
+    if "class_labels" in takes:
+        defaults["labels"] = _labels(pipe)
+    if isinstance(scale := takes["guidance_scale"].default if "guidance_scale" in takes else None, int | float):
+        defaults["guidance"] = float(scale)
+    return Conditions(**(defaults | given))
+
+
+def _labels(pipe: DiffusionPipeline) -> tuple[int, ...]:
+    config = find_denoiser(pipe)[1].config
+    count = getattr(config, "num_embeds_ada_norm", None) or getattr(config, "num_class_embeds", None)
+    if not isinstance(count, int):
+        raise UsageError(f"{type(pipe).__name__} does not say how many classes it knows: give labels")
+    return tuple(dict.fromkeys(i * count // CLASSES for i in range(CLASSES)))
+
+
+def call_options(pipe: DiffusionPipeline, conditions: Conditions | None, images: Sequence[int]) -> dict[str, Any]:
+    """The arguments of the pipeline's call for images of these numbers."""
+    if conditions is None:
+        return {}
+    takes = inspect.signature(pipe.__call__).parameters
+    values = {
+        "prompt": cycled(conditions.prompts, images), "class_labels": cycled(conditions.labels, images),
+        "negative_prompt": None if conditions.negative is None else [conditions.negative] * len(images),
+        "guidance_scale": conditions.guidance, "true_cfg_scale": conditions.true_guidance, "height": conditions.height,
+        "width": conditions.width, "max_sequence_length": conditions.tokens,
+    }  # fmt: skip
+    if conditions.height is not None or conditions.width is not None:
+        values["use_resolution_binning"] = False  # the size asked for, not the nearest one in a list
+    return {name: value for name, value in values.items() if value is not None and name in takes}
+
+
+def cycled(values: Sequence[Any], images: Sequence[int]) -> list[Any] | None:
+    """An entry for each image, beginning again at the end; None if there are no values."""
+    return [values[i % len(values)] for i in images] if values else None

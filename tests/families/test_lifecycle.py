@@ -1,0 +1,91 @@
+"""Every family through its whole life: quantized with and without gradients, saved, loaded, sampled under two schedulers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import AutoModel, DiffusionPipeline
+
+import tcaq
+from tcaq.layers.insert import quantized_layers
+from tcaq.models.denoiser import find_denoiser
+from tcaq.models.prompting import resolve_conditions
+from tcaq.models.sampler import record, sample
+from tcaq.models.switch import use_scheduler
+from tcaq.models.trajectories import predict
+from tcaq.recipes.presets import preset_recipe
+from tcaq.runs import Run
+
+from .tiny import FAMILIES, conditions_of, pipeline_of
+
+EVERY = pytest.mark.parametrize("name", FAMILIES)
+LEARNED = ("ldm-vq", "sd", "sdxl", "dit", "pixart", "sd35", "flux-guided")
+"""One of each kind of block."""
+SEEDS = (1, 2)
+SMALL = {
+    "ranges": {"values": 500, "weight_candidates": 4, "input_candidates": 4},
+    "reconstruction": {"iterations": 20, "inputs": 8, "batch": 4},
+    "alignment": None,
+    "network": {"iterations": 2, "inputs": 8, "batch": 4},
+    "correction": {"strengths": []},
+}
+
+
+def recipe(name, program, **options):
+    asked = conditions_of(name)
+    calibration = {"images": 3, "steps": 2, "batch": 2} | (
+        {} if asked is None else {"conditions": asked.model_dump(mode="json")}
+    )
+    options = {"ranges": SMALL["ranges"], "calibration": calibration} | options
+    return preset_recipe(program, "full", **options)
+
+
+def images_of(name, pipe, other=None):
+    """Images of this test's seeds, under another scheduler if one is given."""
+    conditions = resolve_conditions(pipe, conditions_of(name))
+    use_scheduler(pipe, other)
+    return sample(pipe, SEEDS, 4, conditions)
+
+
+@EVERY
+def test_range_search_through_disk(name, tmp_path):
+    pipe = pipeline_of(name)
+    conditions = resolve_conditions(pipe, conditions_of(name))
+    _, trajectories = record(pipe, SEEDS, 2, conditions)
+    expected = predict(find_denoiser(pipe)[1], trajectories)
+    errors = []
+    for bits in (4, 8):
+        spec = recipe(name, "mse", weights=bits, activations=bits, step_groups="per-step")
+        quantized = tcaq.quantize(pipeline_of(name), spec, tmp_path / str(bits))
+        error = (
+            predict(find_denoiser(quantized)[1], trajectories) - expected
+        ).square().mean() / expected.square().mean()
+        errors.append(float(error))
+    assert 0 < errors[1] < errors[0]  # the layers that have 8 bits at either width count for much in so small a model
+    assert errors[1] < 0.02
+    loaded = tcaq.load(tmp_path / "8")
+    assert type(loaded) is type(pipe)
+    assert torch.equal(images_of(name, loaded), images_of(name, quantized))
+    images = images_of(name, loaded, FAMILIES[name].other)
+    assert images.shape == (2, 3, 16, 16)
+    assert len(images.unique()) > 2
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_reconstruction_lowers_losses_and_resumes(name, tmp_path):
+    made = tcaq.quantize(pipeline_of(name), recipe(name, "tcaq", **SMALL), tmp_path)
+    run = Run.read(tmp_path / "run")
+    # layers at the ends and of the time embedding have 8 bits, too few errors for 20 iterations to mend
+    losses = [part.meta for _, part in run.results("reconstruct/0") if "block" in str(part.meta["unit"])]
+    assert sum(loss["loss_after"] for loss in losses) < sum(loss["loss_before"] for loss in losses)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run" / "stages").rglob("*.safetensors")}
+    again = tcaq.quantize(pipeline_of(name), recipe(name, "tcaq", **SMALL), tmp_path)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "run" / "stages").rglob("*.safetensors")}
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    images = images_of(name, loaded)
+    assert torch.equal(images, images_of(name, made))
+    assert torch.equal(images, images_of(name, again))
+    alone = AutoModel.from_pretrained(str(tmp_path), subfolder=FAMILIES[name].component)
+    state = alone.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in find_denoiser(loaded)[1].state_dict().items())
+    assert sum(1 for _ in quantized_layers(alone)) == len(list(quantized_layers(find_denoiser(made)[1])))
