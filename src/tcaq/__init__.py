@@ -5,6 +5,7 @@ Importing the package teaches diffusers to load its checkpoints.
 
 from tcaq.checkpoint import load, save
 from tcaq.errors import TcaqError
+from tcaq.integer.lower import Lowering, lower
 from tcaq.models.config import TcaqConfig
 from tcaq.models.quantizer import register
 from tcaq.models.scheduler import NoiseAwareDDIMScheduler, NoiseAwareDDPMScheduler
@@ -16,9 +17,9 @@ from tcaq.spec.recipe import Recipe
 
 __version__ = "0.1.0"
 __all__ = [
-    "AdaptiveGrid", "AffineGrid", "Log2Grid", "NoiseAwareDDIMScheduler", "NoiseAwareDDPMScheduler",
+    "AdaptiveGrid", "AffineGrid", "Log2Grid", "Lowering", "NoiseAwareDDIMScheduler", "NoiseAwareDDPMScheduler",
     "Plan", "Recipe", "Rule", "TcaqConfig", "TcaqError", "UnitGrid",
-    "load", "preset_recipe", "quantize", "save",
+    "load", "lower", "preset_recipe", "quantize", "save",
 ]  # fmt: skip
 
 register()

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from tcaq.cli import options as opt
 from tcaq.cli.app import app, console
-from tcaq.cli.models import open_float, open_quantized
+from tcaq.cli.models import executed, open_float, open_quantized
 from tcaq.cli.progress import stage_progress
 from tcaq.evaluate.evaluate import Evaluation
 from tcaq.evaluate.features import load_features
@@ -32,9 +33,10 @@ def evaluate_command(
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
     work: Annotated[Path | None, typer.Option(help="Folder of finished batches. [default: DIR/evaluation]")] = None,
     as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result here.")] = None,
+    execution: opt.ExecutionOption = opt.Execution.FAKE,
 ) -> None:
     """Sample both models from the same seeds and measure how far their images are from the data and from each other."""
-    quantized = open_quantized(folder)
+    quantized = executed(open_quantized(folder), execution)
     extractor = load_features(features)
     protocol = Protocol(
         extractor=extractor, work=work or folder / "evaluation", num=num, steps=steps, seed=seed, batch=batch,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -42,6 +43,18 @@ PlanOption = Annotated[
         help="same (every recipe quantizes the same layers), author (those of its authors' code), or a JSON file of rules.",
         metavar="same|author|FILE",
     ),
+]
+
+
+class Execution(StrEnum):
+    """How a checkpoint runs."""
+
+    FAKE = "fake"
+    INTEGER = "integer"
+
+
+ExecutionOption = Annotated[
+    Execution, typer.Option(help="fake: quantize-dequantize in float; integer: on the processor's integer units.")
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 

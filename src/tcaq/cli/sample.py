@@ -8,8 +8,9 @@ from typing import Annotated
 import torch
 import typer
 
+from tcaq.cli import options as opt
 from tcaq.cli.app import app, console
-from tcaq.cli.models import open_any
+from tcaq.cli.models import executed, open_any
 from tcaq.cli.progress import stage_progress
 from tcaq.errors import UsageError
 from tcaq.models.sampler import batches, sample
@@ -26,11 +27,12 @@ def sample_command(
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
     seed: Annotated[int, typer.Option(help="Image i is the same for every batch size.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
+    execution: opt.ExecutionOption = opt.Execution.FAKE,
 ) -> None:
     """Sample images; equal seeds give float and quantized models equal noise, so their images can be compared."""
     if output.suffix and output.suffix != ".png":
         raise UsageError(f"--output {output}: give a name ending in .png for a grid, or a folder for single images")
-    pipe = open_any(model)
+    pipe = executed(open_any(model), execution)
     parts = []
     with stage_progress() as on_progress:
         on_progress("images", 0, num, False)
