@@ -123,7 +123,8 @@ def test_weights_are_stored_in_bytes(folder, form, pipe) -> None:
     import onnx as package
 
     stored = package.load(folder / "unet" / "model.onnx").graph.initializer
-    integers = sum(int(np.prod(t.dims)) for t in stored if t.data_type == package.TensorProto.INT8)
+    kinds = (package.TensorProto.INT8, package.TensorProto.UINT8)
+    integers = sum(int(np.prod(t.dims)) for t in stored if t.data_type in kinds)
     floats = max(int(np.prod(t.dims)) for t in stored if t.data_type == package.TensorProto.FLOAT)
     assert integers >= count
     assert floats <= 256  # tables and vectors, no matrix

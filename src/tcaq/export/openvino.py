@@ -31,6 +31,12 @@ EXTRA, FORMAT, FILE = "openvino", "openvino", "model.xml"
 class OpenVinoDialect:
     """Float arithmetic on whole numbers, in the patterns that OpenVINO computes in integers."""
 
+    conv_clips, linear_clips = True, True
+
+    def conv_weight(self, weight: Tensor) -> Tensor:
+        """Signed, as it is."""
+        return weight
+
     def quantize(self, x: Tensor, divisor: Tensor, zero_point: Tensor, top: int, axis: int) -> Tensor:
         """Codes as whole numbers in float."""
         shape = [1] * x.dim()

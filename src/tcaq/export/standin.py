@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tcaq.layers.conv import QuantizedConv2d
+from tcaq.layers.linear import QuantizedLinear
 from tcaq.layers.weighted import QuantizedWeight
 from tcaq.numerics.affine import fake_quantize
 from tcaq.numerics.integers import SignedCodes, signed_codes
@@ -15,7 +17,16 @@ from tcaq.quantizers.probability import ProbabilityQuantizer
 
 
 class Dialect(Protocol):
-    """How a target format writes integer arithmetic."""
+    """How a target format writes integer arithmetic.
+
+    Attributes: conv_clips, linear_clips: whether its runtime clips sums of two products to 16 bits on processors without VNNI.
+    """
+
+    conv_clips: bool
+    linear_clips: bool
+
+    def conv_weight(self, weight: Tensor) -> Tensor:
+        """A convolution's weight, int8 [out, in, kh, kw], as the format keeps it."""
 
     def quantize(self, x: Tensor, divisor: Tensor, zero_point: Tensor, top: int, axis: int) -> Tensor:
         """Codes 0 to `top` of x: `round(x / divisor) + zero_point`; divisor float [1] or [channels along axis], zero_point [1]."""
@@ -23,7 +34,7 @@ class Dialect(Protocol):
     def conv(
         self, codes: Tensor, zero_point: Tensor, scale: Tensor, weight: Tensor, gain: Tensor, layer: nn.Conv2d
     ) -> Tensor:
-        """`Σ weight (code - zero_point) * gain * scale` in float; weight [out, in, kh, kw], gain [out], scale [1]."""
+        """`Σ weight (code - zero_point) * gain * scale` in float; weight as kept, gain [out], scale [1]."""
 
     def linear(self, codes: Tensor, zero_point: Tensor, scale: Tensor, weight: Tensor, gain: Tensor) -> Tensor:
         """`Σ weight (code - zero_point) * gain * scale` in float; weight [out, in], gain [out], scale [1]."""
@@ -66,11 +77,11 @@ class StandIn(nn.Module):
     rest: Tensor | None
     bias: Tensor
 
-    def __init__(self, layer: QuantizedWeight, dialect: Dialect, steps: Steps, vnni: bool) -> None:
+    def __init__(self, layer: QuantizedWeight, dialect: Dialect, steps: Steps, clips: bool) -> None:
         super().__init__()
         quantizer, bias, r = layer.input_quantizer, layer.quantized_bias(), layer.equalizer
         scale, self.top = layer.weight_quantizer.scale, quantizer.high - quantizer.low
-        form = _form(layer, 255 if vnni else 2**15 // (2 * self.top + 1))
+        form = _form(layer, 2**15 // (2 * self.top + 1) if clips else 255)
         summing = [torch.ones_like(form.planes[0][:1])] if form.has_rest else []
         self.out, self.planes = len(scale), len(form.planes)
         self.dialect, self.steps = dialect, (steps,)
@@ -108,7 +119,8 @@ class ConvStandIn(StandIn):
     """A quantized convolution in one group."""
 
     def __init__(self, layer: QuantizedConv2d, dialect: Dialect, steps: Steps, vnni: bool) -> None:
-        super().__init__(layer, dialect, steps, vnni)
+        super().__init__(layer, dialect, steps, clips=dialect.conv_clips and not vnni)
+        self.weight = dialect.conv_weight(self.weight)
         self.like = (layer,)  # for its geometry; a tuple keeps its tensors out of this module
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,6 +133,9 @@ class ConvStandIn(StandIn):
 
 class LinearStandIn(StandIn):
     """A quantized linear layer."""
+
+    def __init__(self, layer: QuantizedLinear, dialect: Dialect, steps: Steps, vnni: bool) -> None:
+        super().__init__(layer, dialect, steps, clips=dialect.linear_clips and not vnni)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply `x`, float [..., in]."""
@@ -156,4 +171,7 @@ class ProbabilityStandIn(nn.Module):
     def _log2(self, p: Tensor) -> Tensor:
         peak = self.steps[0].row(self.peak, p.dim())
         codes = (torch.log2(p / peak) * -self.per_octave).round().clamp(0, self.last)
-        return torch.where(codes < self.last, torch.pow(2.0, codes / -self.per_octave), torch.zeros_like(codes)) * peak
+        return (
+            torch.where(codes < self.last, torch.exp(codes * (-math.log(2) / self.per_octave)), torch.zeros_like(codes))
+            * peak
+        )

@@ -43,9 +43,7 @@ class Traceable(nn.Module):
                 replace(self.denoiser, name, stand_in(layer, dialect, steps, vnni))
             else:
                 _follow(layer, steps)
-        for name, module in list(self.denoiser.named_modules()):
-            if type(module) is Upsample2D and is_plain(module):
-                replace(self.denoiser, name, Upsample(cast(nn.Module, module.conv)))
+        plain_upsampling(self.denoiser)
         self.correction = correction_of(self.denoiser)
         if self.correction is not None:
             cast(Any, self.correction)._clock = (steps,)
@@ -78,7 +76,14 @@ class Upsample(nn.Module):
         return cast(Tensor, self.conv(interpolate(x, mode="nearest", **size)))
 
 
-def is_plain(module: Upsample2D) -> bool:
+def plain_upsampling(denoiser: nn.Module) -> None:
+    """Make a denoiser's upsamplings traceable, in place."""
+    for name, module in list(denoiser.named_modules()):
+        if type(module) is Upsample2D and _is_plain(module):
+            replace(denoiser, name, Upsample(cast(nn.Module, module.conv)))
+
+
+def _is_plain(module: Upsample2D) -> bool:
     """Whether an upsampling is interpolation and a convolution, nothing else."""
     usual = module.norm is None and module.interpolate and module.use_conv and not module.use_conv_transpose
     return bool(usual) and module.name == "conv"
@@ -88,7 +93,7 @@ def stand_in(layer: QuantizedWeight, dialect: Dialect, steps: Steps, vnni: bool 
     """What is traced in place of a layer."""
     if isinstance(layer, QuantizedConv2d):
         return ConvStandIn(layer, dialect, steps, vnni)
-    return LinearStandIn(layer, dialect, steps, vnni)
+    return LinearStandIn(cast(QuantizedLinear, layer), dialect, steps, vnni)
 
 
 def _follow(product: QuantizedProduct, steps: Steps) -> None:
