@@ -25,7 +25,7 @@ from tests.integer.test_layers import bound, quantized
 FORMATS = ("onnx", "openvino")
 WRITE = {"onnx": tcaq.export_onnx, "openvino": tcaq.export_openvino}
 READ = {"onnx": tcaq.load_onnx, "openvino": tcaq.load_openvino}
-PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
+PACKAGES = {"onnx": ("onnx", "onnxruntime"), "openvino": ("openvino",)}
 
 
 @pytest.fixture(scope="module", params=FORMATS)

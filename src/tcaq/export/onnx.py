@@ -100,7 +100,7 @@ def operator(name: str, dtype: torch.dtype, inputs: tuple[Tensor, ...], like: Te
 
 def require() -> None:
     """Raises: MissingExtraError if a package of the extra is not there."""
-    for package in ("onnx", "onnxscript", "onnxruntime"):
+    for package in ("onnx", "onnxruntime"):
         try:
             __import__(package)
         except ImportError as error:
