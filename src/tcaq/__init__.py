@@ -5,6 +5,8 @@ Importing the package teaches diffusers to load its checkpoints.
 
 from tcaq.checkpoint import load, save
 from tcaq.errors import TcaqError
+from tcaq.export import export_onnx, export_openvino, load_onnx, load_openvino
+from tcaq.integer.lower import Lowering, lower
 from tcaq.models.config import TcaqConfig
 from tcaq.models.quantizer import register
 from tcaq.models.scheduler import NoiseAwareDDIMScheduler, NoiseAwareDDPMScheduler
@@ -16,9 +18,9 @@ from tcaq.spec.recipe import Recipe
 
 __version__ = "0.1.0"
 __all__ = [
-    "AdaptiveGrid", "AffineGrid", "Log2Grid", "NoiseAwareDDIMScheduler", "NoiseAwareDDPMScheduler",
+    "AdaptiveGrid", "AffineGrid", "Log2Grid", "Lowering", "NoiseAwareDDIMScheduler", "NoiseAwareDDPMScheduler",
     "Plan", "Recipe", "Rule", "TcaqConfig", "TcaqError", "UnitGrid",
-    "load", "preset_recipe", "quantize", "save",
+    "export_onnx", "export_openvino", "load", "load_onnx", "load_openvino", "lower", "preset_recipe", "quantize", "save",
 ]  # fmt: skip
 
 register()

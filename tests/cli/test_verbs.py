@@ -107,6 +107,42 @@ def test_sample_writes_the_images_of_the_seeds(folders, tmp_path):
     assert pixels(tmp_path / "grid.png").shape[0] >= 32
 
 
+def test_integer_execution_says_what_runs_how_and_samples_nearly_the_same_images(folders, tmp_path):
+    root, _ = folders
+    images = {}
+    for execution in ("fake", "integer"):
+        output = tmp_path / f"{execution}.png"
+        args = ("sample", root / "w4a4", "--num", 3, "--steps", 2, "--output", output, "--execution", execution)
+        result = invoke(*args)
+        assert result.exit_code == 0, result.output
+        assert ("quantized layers run in integers" in " ".join(result.output.split())) is (execution == "integer")
+        images[execution] = pixels(output).astype(float)
+    assert np.median(abs(images["integer"] - images["fake"])) <= 1
+    wrong = invoke("sample", root / "float", "--output", tmp_path / "x.png", "--execution", "integer")
+    assert wrong.exit_code == 2
+    assert "is not quantized" in " ".join(wrong.output.split())
+
+
+@pytest.mark.parametrize(("form", "package"), [("onnx", "onnxruntime"), ("openvino", "openvino")])
+def test_an_exported_folder_samples_and_is_evaluated_like_a_checkpoint(folders, tmp_path, form, package):
+    pytest.importorskip(package)
+    root, _ = folders
+    out = tmp_path / form
+    result = invoke("export", root / "w4a4", "--format", form, "--output", out)
+    assert result.exit_code == 0, result.output
+    decibels = float(" ".join(result.output.split()).rpartition(":")[2].split()[0])
+    assert decibels > 20
+    assert invoke("sample", out, "--num", 2, "--steps", 2, "--output", tmp_path / "x.png").exit_code == 0
+    if form == "openvino":
+        return  # loaded in the same way; it takes its time to compile
+    result = invoke(
+        "evaluate", out, "--reference", root / "float", "--num", 2, "--steps", 2, "--execution", "integer",
+        "--features", "tests.cli.test_verbs:Pixels", "--json", tmp_path / "out.json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out.json").read_text())["paired"]["psnr"] > 10
+
+
 def test_evaluate_writes_every_key_and_resumes(folders, tmp_path, monkeypatch):
     root, _ = folders
     np.savez(tmp_path / "real.npz", mean=np.zeros(4), covariance=np.eye(4))

@@ -12,8 +12,9 @@ from tcaq.errors import ModelError
 from tcaq.layers.modes import faking, floating
 from tcaq.models.bypass import bypass_of
 from tcaq.models.denoiser import clock_of
-from tcaq.spec.recipe import Bypass
+from tcaq.spec.recipe import Bypass, Reconstruction
 from tcaq.stages.bypass import apply_bypass, inside, measure_bypass, planted
+from tcaq.stages.reconstruct import begin
 
 from .conftest import build, initialise
 
@@ -68,10 +69,18 @@ def test_planted_elements_move_outwards_and_all_others_stay():
 def test_the_grid_reaches_as_far_as_the_record_says(ready):
     bypassed(ready, reach=2.5)
     clock_of(ready.unet).set(500)
-    quantizer = ready.unet.conv_in.input_quantizer
-    low, high = quantizer.limits(1)
-    torch.testing.assert_close(high, torch.tensor([2.5]))
-    assert -2.5 - 0.05 < float(low) <= -2.5
+    layer, bypass = ready.unet.conv_in, bypass_of(ready.unet)
+    torch.testing.assert_close(bypass.high, torch.full((4,), 2.5))
+    assert bool(((bypass.low > -2.55) & (bypass.low <= -2.5)).all())
+    far = torch.tensor([-9.0, 9.0]).reshape(1, 1, 1, 2)
+    torch.testing.assert_close(layer.quantized_input(far), bypass.inside(far))
+
+
+def test_no_fit_changes_how_far_the_first_layer_reads(ready):
+    bypassed(ready)
+    layer = ready.unet.conv_in
+    assert not begin([layer], Reconstruction(rounding_rate=0), 0.0, rounding=False, scales=True)
+    assert begin([ready.unet.conv_out], Reconstruction(rounding_rate=0), 0.0, rounding=False, scales=True)
 
 
 @torch.no_grad()

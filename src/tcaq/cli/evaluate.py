@@ -9,8 +9,9 @@ import typer
 from rich.table import Table
 
 from tcaq.cli import asking as ask
+from tcaq.cli import options as opt
 from tcaq.cli.app import app, console
-from tcaq.cli.models import open_float, open_quantized
+from tcaq.cli.models import executed, open_float, open_quantized
 from tcaq.cli.progress import stage_progress
 from tcaq.evaluate.evaluate import Evaluation
 from tcaq.evaluate.features import load_features
@@ -43,10 +44,11 @@ def evaluate_command(
     tokens: ask.TokensOption = None,
     scheduler: ask.SchedulerOption = None,
     as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result here.")] = None,
+    execution: opt.ExecutionOption = opt.Execution.FAKE,
 ) -> None:
     """Sample both models from the same seeds and measure how far their images are from the data and from each other."""
     asked = ask.make_conditions(prompts, negative, labels, guidance, true_guidance, size, tokens)
-    quantized, original = open_quantized(folder), open_float(reference)
+    quantized, original = executed(open_quantized(folder), execution), open_float(reference)
     for pipe in (quantized, original):
         use_scheduler(pipe, scheduler)
     extractor = load_features(features)

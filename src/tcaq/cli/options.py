@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -54,6 +55,18 @@ LinearInputsOption = Annotated[
     ),
 ]  # fmt: skip
 BatchOption = Annotated[int | None, typer.Option(min=1, help="Images at a time in calibration.", show_default=False)]
+
+
+class Execution(StrEnum):
+    """How a checkpoint runs."""
+
+    FAKE = "fake"
+    INTEGER = "integer"
+
+
+ExecutionOption = Annotated[
+    Execution, typer.Option(help="fake: quantize-dequantize in float; integer: on the processor's integer units.")
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 
 

@@ -9,8 +9,9 @@ import torch
 import typer
 
 from tcaq.cli import asking as ask
+from tcaq.cli import options as opt
 from tcaq.cli.app import app, console
-from tcaq.cli.models import open_any
+from tcaq.cli.models import executed, open_any
 from tcaq.cli.progress import stage_progress
 from tcaq.errors import UsageError
 from tcaq.models.prompting import resolve_conditions
@@ -37,12 +38,13 @@ def sample_command(
     size: ask.SizeOption = None,
     tokens: ask.TokensOption = None,
     scheduler: ask.SchedulerOption = None,
+    execution: opt.ExecutionOption = opt.Execution.FAKE,
 ) -> None:
     """Sample images; equal seeds give float and quantized models equal noise, so their images can be compared."""
     if output.suffix and output.suffix != ".png":
         raise UsageError(f"--output {output}: give a name ending in .png for a grid, or a folder for single images")
     asked = ask.make_conditions(prompts, negative, labels, guidance, true_guidance, size, tokens)
-    pipe = open_any(model)
+    pipe = executed(open_any(model), execution)
     use_scheduler(pipe, scheduler)
     conditions = resolve_conditions(pipe, asked)
     parts = []

@@ -29,25 +29,32 @@ BYPASS = "input_bypass"
 class InputBypass(Moded, nn.Module):
     """Adds `gain * (x - clip(x))` to a prediction, whatever it is of, unless the denoiser runs in float.
 
-    Attributes: gain: float32 [groups], zero, which changes nothing, until calibrated.
+    Attributes: low, high: float32 [groups], how far the first layer's grid reaches; gain: float32 [groups]. All zero until set.
     """
 
+    low: Tensor
+    high: Tensor
     gain: Tensor
 
-    def __init__(self, clock: StepClock, entrance: QuantizedWeight) -> None:
+    def __init__(self, clock: StepClock) -> None:
         super().__init__()
         self._clock = (clock,)
-        self._entrance = (entrance,)  # a tuple keeps the layer out of this module's children
-        self.register_buffer("gain", torch.zeros(clock.count))
+        for table in ("low", "high", "gain"):
+            self.register_buffer(table, torch.zeros(clock.count))
+
+    def set_rows(self, low: Tensor, high: Tensor, gain: Tensor) -> None:
+        """Write the tables, float [groups] each."""
+        self.low.copy_(low)
+        self.high.copy_(high)
+        self.gain.copy_(gain)
 
     def inside(self, x: Tensor) -> Tensor:
         """`x` clipped to what the first layer's grid holds at the running timestep.
 
         Args: x: float [batch, channels, height, width] or [batch, tokens, channels].
         """
-        low, high = cast(AffineQuantizer, self._entrance[0].input_quantizer).limits(x.dim())
-        gain = self._entrance[0].gain(x.dim())
-        return torch.minimum(torch.maximum(x, (low * gain).to(x.dtype)), (high * gain).to(x.dtype))
+        low, high = (self._clock[0].row(table, x.dim()).to(x.dtype) for table in (self.low, self.high))
+        return torch.minimum(torch.maximum(x, low), high)
 
     def forward(self, x: Tensor, prediction: Tensor) -> Tensor:
         """The prediction with what x_t has beyond the grid; channels that only one of both has stay as they are."""
@@ -81,9 +88,9 @@ def entrance_of(denoiser: nn.Module) -> QuantizedWeight | None:
     return cast(QuantizedWeight, layer) if fixed else None
 
 
-def attach_bypass(denoiser: nn.Module, entrance: QuantizedWeight) -> InputBypass:
+def attach_bypass(denoiser: nn.Module) -> InputBypass:
     """Let what the first layer's grid cuts off go around a denoiser with a clock."""
-    bypass = InputBypass(clock_of(denoiser), entrance)
+    bypass = InputBypass(clock_of(denoiser))
     denoiser.add_module(BYPASS, bypass)
     sample = next(iter(inspect.signature(denoiser.forward).parameters))
     denoiser.register_forward_hook(_adding(sample), with_kwargs=True)

@@ -16,7 +16,7 @@ from tcaq.layers.insert import insert, quantized_layers
 from tcaq.layers.modes import Mode, moded
 from tcaq.layers.weighted import QuantizedWeight
 from tcaq.models.adapters import allow_fusing, refuse_fusing
-from tcaq.models.bypass import BYPASS, attach_bypass, bypass_of, entrance_of
+from tcaq.models.bypass import BYPASS, attach_bypass, bypass_of
 from tcaq.models.config import QuantMethod, TcaqConfig
 from tcaq.models.correction import CORRECTION, attach_correction, correction_of
 from tcaq.models.denoiser import attach_clock
@@ -93,8 +93,8 @@ class TcaqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         try:
             with torch.device("meta"):
                 insert(model, self.quantization_config.plan, clock)
-                if self.quantization_config.bypass and (entrance := entrance_of(model)) is not None:
-                    attach_bypass(model, entrance)
+                if self.quantization_config.bypass:
+                    attach_bypass(model)
                 if self.quantization_config.correction:
                     attach_correction(model, self.quantization_config.correction)
         except PlanError as error:

@@ -15,7 +15,8 @@ class AffineQuantizer(nn.Module):
 
     Attributes: scale: float32 [groups], 1 until calibrated; zero_point: int16 [groups]; log_gain: None, or float32
         [rows that differ] while step sizes are learned: the scale in use is `scale * exp(log_gain)`, so that a rate means a
-        relative change. Rows that are equal when learning begins share their gain, so they stay equal.
+        relative change. Rows that are equal when learning begins share their gain, so they stay equal; given: whether the rows are
+        fixed by something else than the data, so that no fit changes them.
     """
 
     scale: Tensor
@@ -28,6 +29,7 @@ class AffineQuantizer(nn.Module):
         # a tuple keeps the shared clock out of this module's children: it belongs to the denoiser
         self._clock = (clock,)
         self.log_gain: Tensor | None = None
+        self.given = False
         self._gain_of = torch.zeros(clock.count, dtype=torch.int64)
         self.register_buffer("scale", torch.ones(clock.count))
         self.register_buffer("zero_point", torch.zeros(clock.count, dtype=torch.int16))
@@ -48,11 +50,6 @@ class AffineQuantizer(nn.Module):
             scale = scale * channel_gain
         zero_point = self.clock.row(self.zero_point, x.dim()).to(scale.dtype)
         return fake_quantize(x, scale, zero_point, self.low, self.high).to(x.dtype)
-
-    def limits(self, dims: int) -> tuple[Tensor, Tensor]:
-        """The smallest and the largest value of the running step group's grid, shaped as `StepClock.row` shapes."""
-        scale, zero_point = self.clock.row(self.scale, dims), self.clock.row(self.zero_point, dims)
-        return (self.low - zero_point) * scale, (self.high - zero_point) * scale
 
     def set_rows(self, scale: Tensor, zero_point: Tensor) -> None:
         """Write the calibrated table: float [groups] each."""

@@ -74,8 +74,9 @@ def apply_bypass(denoiser: nn.Module, record: Record) -> None:
     zero_point = (quantizer.low + quantizer.high + 1) // 2
     scale = record.tensors["reach"] / (quantizer.high - zero_point)
     quantizer.set_rows(scale, torch.full_like(scale, zero_point))
-    bypass = bypass_of(denoiser) or attach_bypass(denoiser, entrance)
-    bypass.gain.copy_(record.tensors["gain"])
+    quantizer.given = True
+    low, high = (scale * (code - zero_point) for code in (quantizer.low, quantizer.high))
+    (bypass_of(denoiser) or attach_bypass(denoiser)).set_rows(low, high, record.tensors["gain"])
 
 
 def inside(denoiser: nn.Module, trajectories: Trajectories) -> Trajectories:

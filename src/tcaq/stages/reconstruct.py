@@ -259,7 +259,7 @@ def begin(
         if scales and spec.bias_rate and isinstance(layer, QuantizedWeight):
             groups.append({"params": layer.learn_bias(), "lr": spec.bias_rate * layer.output_step()})
         for quantizer in layer.operands.values():
-            if scales and spec.scale_rate and isinstance(quantizer, AffineQuantizer):
+            if scales and spec.scale_rate and isinstance(quantizer, AffineQuantizer) and not quantizer.given:
                 groups.append({"params": quantizer.begin_learning(), "lr": spec.scale_rate})
     return groups
 

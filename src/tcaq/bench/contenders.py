@@ -1,0 +1,145 @@
+"""What is timed: the float model, ours in each of its ways to run, and what other tools make of the float model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor, nn
+
+from tcaq.bench import peers
+from tcaq.checkpoint import load
+from tcaq.errors import TcaqError
+from tcaq.export import export_onnx, export_openvino, load_onnx, load_openvino
+from tcaq.integer.lower import lower
+from tcaq.models.denoiser import find_denoiser
+from tcaq.models.sampler import Trajectories, record
+from tcaq.models.seeds import image_seeds
+
+
+class Unavailable(TcaqError):
+    """A contender cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Bout:
+    """Where contenders come from.
+
+    Attributes: folder: the checkpoint; model: name of the float model; work: folder for what is built; load_float: loads the
+    float model.
+    """
+
+    folder: Path
+    model: str
+    work: Path
+    load_float: Callable[[], DiffusionPipeline]
+
+    def calibration(self) -> Trajectories:
+        """Inputs that tools calibrate with, recorded from the float model."""
+        return record(self.load_float(), image_seeds("bench calibration", 0, 0, 8), 8)[1]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A pipeline ready to sample, and the bytes of its denoiser on disk (None if it was never written)."""
+
+    pipe: DiffusionPipeline
+    size: int | None
+
+
+class InHalf(nn.Module):
+    """A denoiser in bfloat16 among float32 samplers: diffusers' own cannot turn bfloat16 into images."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        super().__init__()
+        self.denoiser, self.config, self.dtype = denoiser, cast(Any, denoiser).config, torch.float32
+        self.device = next(denoiser.parameters()).device
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> UNet2DOutput:
+        """Predict, float32."""
+        return UNet2DOutput(sample=self.denoiser(sample.to(torch.bfloat16), timestep).sample.float())
+
+
+Build = Callable[[Bout], Contender]
+
+
+def _fp32(bout: Bout) -> Contender:
+    pipe = bout.load_float()
+    return Contender(pipe, sum(p.numel() * p.element_size() for p in find_denoiser(pipe)[1].parameters()))
+
+
+def _compiled(bout: Bout) -> Contender:
+    return Contender(peers.compiled(bout.load_float()), None)
+
+
+def _bf16(bout: Bout) -> Contender:
+    pipe = bout.load_float()
+    denoiser = find_denoiser(pipe)[1].to(torch.bfloat16)
+    return Contender(
+        peers.with_denoiser(pipe, InHalf(denoiser)), sum(p.numel() * p.element_size() for p in denoiser.parameters())
+    )
+
+
+def _size(folder: Path, name: str) -> int:
+    return sum(path.stat().st_size for path in (folder / name).glob("*") if path.suffix != ".json")
+
+
+def _ours(bout: Bout, execution: str, dtype: torch.dtype | None = None) -> Contender:
+    pipe = load(bout.folder, dtype)
+    if execution != "fake":
+        lowering = lower(pipe, products="fused" if execution == "fused" else "plan")
+        if all(layer.execution == "fake" for layer in lowering.layers):
+            raise Unavailable(lowering.layers[0].reason)
+    name, denoiser = find_denoiser(pipe)
+    whole = pipe if dtype is None else peers.with_denoiser(pipe, InHalf(denoiser))
+    return Contender(whole, _size(bout.folder, name))
+
+
+def _exported(bout: Bout, form: str) -> Contender:
+    folder = bout.work / form
+    write, read = {"onnx": (export_onnx, load_onnx), "openvino": (export_openvino, load_openvino)}[form]
+    if not folder.exists():
+        write(load(bout.folder), folder, has_vnni())
+    pipe = read(folder)
+    return Contender(pipe, _size(folder, find_denoiser(pipe)[0]))
+
+
+def _peer(bout: Bout, build: peers.Peer) -> Contender:
+    pipe, size = build(bout.load_float(), bout.work, bout.calibration)
+    return Contender(pipe, size)
+
+
+CONTENDERS: dict[str, Build] = {
+    "fp32": _fp32,
+    "fp32-compiled": _compiled,
+    "bf16": _bf16,
+    "fake": lambda bout: _ours(bout, "fake"),
+    "integer": lambda bout: _ours(bout, "integer"),
+    "integer-fused": lambda bout: _ours(bout, "fused"),
+    "integer-bf16": lambda bout: _ours(bout, "integer", torch.bfloat16),
+    "onnx": lambda bout: _exported(bout, "onnx"),
+    "openvino": lambda bout: _exported(bout, "openvino"),
+    "onnx-fp32": lambda bout: _peer(bout, peers.onnx_float),
+    "onnx-static": lambda bout: _peer(bout, peers.onnx_static),
+    "openvino-fp32": lambda bout: _peer(bout, peers.openvino_float),
+    "nncf": lambda bout: _peer(bout, peers.nncf),
+    "torchao": lambda bout: _peer(bout, peers.torchao),
+    "quanto": lambda bout: _peer(bout, peers.quanto),
+}
+"""Builders by the name that the table shows."""
+
+
+@cache
+def has_vnni() -> bool:
+    """Whether this processor says that it has VNNI instructions; False where it cannot be asked."""
+    try:
+        words = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+    return any(word in ("avx512_vnni", "avx_vnni", "asimddp") for word in words)

@@ -1,0 +1,58 @@
+"""Peak memory of one contender, in a process of its own: what others leave behind would count as its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tcaq.bench.contenders import CONTENDERS, Bout
+from tcaq.errors import TcaqError
+from tcaq.evaluate.memory import track_peak
+from tcaq.models.load import load_pipeline
+from tcaq.models.sampler import sample
+from tcaq.models.seeds import image_seeds
+from tcaq.reference import load_pipeline as load_reference
+
+REFERENCE = "reference"
+
+
+def open_float(model: str) -> Any:
+    """The float pipeline that a name means."""
+    return load_reference() if model == REFERENCE else load_pipeline(model)
+
+
+def peak_memory(bout: Bout, name: str, batch: int, steps: int) -> int | None:
+    """Bytes that loading and sampling take beyond the interpreter with its imports; None if the process failed."""
+    task = {
+        "folder": str(bout.folder),
+        "model": bout.model,
+        "work": str(bout.work),
+        "name": name,
+        "batch": batch,
+        "steps": steps,
+    }
+    command = [sys.executable, "-m", "tcaq.bench.memory", json.dumps(task)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = done.stdout.split()
+    return int(lines[-1]) if done.returncode == 0 and lines else None
+
+
+def _measure(task: dict[str, Any]) -> int:
+    bout = Bout(Path(task["folder"]), task["model"], Path(task["work"]), lambda: open_float(task["model"]))
+    before = psutil.Process().memory_info().rss
+    with track_peak(interval=0.005) as peak:
+        contender = CONTENDERS[task["name"]](bout)
+        sample(contender.pipe, image_seeds("bench", 0, 0, task["batch"]), task["steps"])
+    return int(peak.bytes - before)
+
+
+if __name__ == "__main__":
+    try:
+        sys.stdout.write(f"\n{_measure(json.loads(sys.argv[1]))}\n")
+    except TcaqError as error:
+        sys.exit(str(error))

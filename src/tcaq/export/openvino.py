@@ -1,0 +1,123 @@
+"""OpenVINO: a denoiser with int8 convolutions and matrix products, whose scales are looked up by timestep inside the graph.
+
+OpenVINO turns a convolution into integers where both operands come from quantizations with constant parameters. So the input is
+divided by its step group's scale and moved by its zero point before a quantization whose step is 1, and products are scaled
+behind the convolution. What the zero point adds to the sums depends on where the image ends: it is the convolution of a plane
+of ones with the summed weights.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, linear
+
+from tcaq.errors import CheckpointError, MissingExtraError
+from tcaq.export.folder import read_folder, write_folder
+from tcaq.export.runtime import Predict
+from tcaq.export.traceable import Traceable, example_inputs
+
+EXTRA, FORMAT, FILE = "openvino", "openvino", "model.xml"
+
+
+class OpenVinoDialect:
+    """Float arithmetic on whole numbers, in the patterns that OpenVINO computes in integers."""
+
+    conv_clips, linear_clips = True, True
+
+    def conv_weight(self, weight: Tensor) -> Tensor:
+        """Signed, as it is."""
+        return weight
+
+    def quantize(self, x: Tensor, divisor: Tensor, zero_point: Tensor, top: int, axis: int) -> Tensor:
+        """Codes as whole numbers in float."""
+        shape = [1] * x.dim()
+        shape[axis] = -1
+        return torch.fake_quantize_per_tensor_affine(x / divisor.reshape(shape) + zero_point, 1.0, 0, 0, top)
+
+    def conv(
+        self, codes: Tensor, zero_point: Tensor, scale: Tensor, weight: Tensor, gain: Tensor, layer: nn.Conv2d
+    ) -> Tensor:
+        """A float convolution with a dequantized weight."""
+        slide: Any = (layer.stride, layer.padding, layer.dilation)
+        sums = weight.sum(1, keepdim=True, dtype=torch.float32) * gain.reshape(-1, 1, 1, 1)
+        ends = conv2d(torch.ones_like(codes[:1, :1]), sums, None, *slide) * zero_point
+        return (conv2d(codes, weight.float() * gain.reshape(-1, 1, 1, 1), None, *slide) - ends) * scale
+
+    def linear(self, codes: Tensor, zero_point: Tensor, scale: Tensor, weight: Tensor, gain: Tensor) -> Tensor:
+        """A float product with a dequantized weight."""
+        sums = weight.sum(1, dtype=torch.float32) * gain
+        return (linear(codes, weight.float() * gain.reshape(-1, 1)) - sums * zero_point) * scale
+
+
+def require() -> None:
+    """Raises: MissingExtraError if OpenVINO is not there."""
+    try:
+        import openvino  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("openvino", EXTRA) from error
+
+
+def write_openvino(denoiser: nn.Module, path: Path, vnni: bool = False) -> None:
+    """Export a quantized denoiser; batch, height and width stay free.
+
+    Args: path: of the `.xml` file; the weights go into a `.bin` beside it; vnni: see Traceable.
+    Raises: MissingExtraError; ModelError listing what cannot be exported.
+    """
+    require()
+    write_traced(Traceable(denoiser, OpenVinoDialect(), vnni).eval(), example_inputs(denoiser), path)
+
+
+def write_traced(traced: nn.Module, example: tuple[Tensor, Tensor], path: Path) -> None:
+    """Export a function of a batch and a timestep."""
+    import openvino
+
+    free = [[-1, example[0].shape[1], -1, -1], [1]]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer: sizes that the model compares with its own configuration
+        model = openvino.convert_model(traced, example_input=example, input=free)
+    openvino.save_model(model, path, compress_to_fp16=False)
+
+
+def open_openvino(path: Path) -> Predict:
+    """The model compiled for the CPU. Raises: MissingExtraError, CheckpointError if the file cannot be read."""
+    require()
+    import openvino
+
+    options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+    try:
+        compiled = openvino.Core().compile_model(path, "CPU", options)
+    except RuntimeError as error:
+        raise CheckpointError(f"OpenVINO cannot read {path}: {error}") from error
+
+    def predict(sample: NDArray[np.float32], timestep: NDArray[np.float32]) -> NDArray[np.float32]:
+        result: NDArray[np.float32] = compiled([sample, timestep])[0].copy()
+        return result
+
+    return predict
+
+
+def load_openvino(folder: Path | str) -> DiffusionPipeline:
+    """The pipeline that `tcaq export --format openvino` wrote, its denoiser run by OpenVINO.
+
+    Raises: MissingExtraError; CheckpointError if something is missing, damaged, or of another format.
+    """
+    return read_folder(Path(folder), FORMAT, FILE, open_openvino)
+
+
+def export_openvino(pipe: DiffusionPipeline, folder: Path | str, vnni: bool = False) -> None:
+    """Write a quantized pipeline with its denoiser for OpenVINO.
+
+    Args: vnni: it will only run on processors with VNNI instructions; see Traceable.
+    Raises: MissingExtraError; ModelError listing what cannot be exported; UsageError if `folder` holds something else.
+    """
+    require()
+    write_folder(pipe, Path(folder), FORMAT, FILE, partial(write_openvino, vnni=vnni))

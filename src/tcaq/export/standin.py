@@ -1,0 +1,179 @@
+"""Stand-ins for quantized layers while a denoiser is traced: the same arithmetic, as a target format writes integers."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from tcaq.layers.conv import QuantizedConv2d
+from tcaq.layers.linear import QuantizedLinear
+from tcaq.layers.weighted import QuantizedWeight
+from tcaq.numerics.affine import fake_quantize
+from tcaq.numerics.integers import SignedCodes, signed_codes
+from tcaq.quantizers.affine import AffineQuantizer
+from tcaq.quantizers.probability import ProbabilityQuantizer
+
+
+class Dialect(Protocol):
+    """How a target format writes integer arithmetic.
+
+    Attributes: conv_clips, linear_clips: whether its runtime clips sums of two products to 16 bits on processors without VNNI.
+    """
+
+    conv_clips: bool
+    linear_clips: bool
+
+    def conv_weight(self, weight: Tensor) -> Tensor:
+        """A convolution's weight, int8 [out, in, kh, kw], as the format keeps it."""
+
+    def quantize(self, x: Tensor, divisor: Tensor, zero_point: Tensor, top: int, axis: int) -> Tensor:
+        """Codes 0 to `top` of x: `round(x / divisor) + zero_point`; divisor float [1] or [channels along axis], zero_point [1]."""
+
+    def conv(
+        self, codes: Tensor, zero_point: Tensor, scale: Tensor, weight: Tensor, gain: Tensor, layer: nn.Conv2d
+    ) -> Tensor:
+        """`Σ weight (code - zero_point) * gain * scale` in float; weight as kept, gain [out], scale [1]."""
+
+    def linear(self, codes: Tensor, zero_point: Tensor, scale: Tensor, weight: Tensor, gain: Tensor) -> Tensor:
+        """`Σ weight (code - zero_point) * gain * scale` in float; weight [out, in], gain [out], scale [1]."""
+
+
+class Steps:
+    """Stands in for the clock: one step group for the whole batch, a part of the traced graph.
+
+    Attributes: group: int64 [1].
+    """
+
+    def __init__(self, boundaries: Tensor) -> None:
+        self.boundaries, self.count = boundaries, len(boundaries) + 1
+        self.group = torch.zeros(1, dtype=torch.int64)
+
+    def set(self, timestep: Tensor) -> None:
+        """Write the group of a timestep, float [1]: how many boundaries are not above it."""
+        self.group = (timestep >= self.boundaries).sum().reshape(1)
+
+    def row(self, table: Tensor, dims: int) -> Tensor:
+        """The row of a table [groups], shaped [1, 1, ...] with `dims` dimensions."""
+        rows = table if self.count == 1 else table[self.group]
+        return rows.reshape(-1, *[1] * (dims - 1))
+
+
+class StandIn(nn.Module):
+    """What both kinds of layer share.
+
+    Attributes: scale, zero_point: float32 [groups] of the input; equalizer: float32 [in] or [1] if it is 1 everywhere; weight:
+        int8 [rows, ...], a row for each plane of each output channel, then one of ones if some need the sum of their inputs;
+        gain: float32 [rows], what a row's sums are worth; rest: None, or float32 [out], what the sum of the inputs is worth;
+        bias: float32 [out].
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    equalizer: Tensor
+    weight: Tensor
+    gain: Tensor
+    rest: Tensor | None
+    bias: Tensor
+
+    def __init__(self, layer: QuantizedWeight, dialect: Dialect, steps: Steps, clips: bool) -> None:
+        super().__init__()
+        quantizer = cast(AffineQuantizer, layer.input_quantizer)
+        bias, r = layer.quantized_bias(), layer.equalizer
+        scale, self.top = layer.weight_quantizer.scale, quantizer.high - quantizer.low
+        form = _form(layer, 2**15 // (2 * self.top + 1) if clips else 255)
+        summing = [torch.ones_like(form.planes[0][:1])] if form.has_rest else []
+        self.out, self.planes = len(scale), len(form.planes)
+        self.dialect, self.steps = dialect, (steps,)
+        self.register_buffer("scale", quantizer.scale.clone())
+        self.register_buffer("zero_point", (quantizer.zero_point - quantizer.low).float())
+        self.register_buffer("equalizer", r[:1].clone() if bool((r == 1).all()) else r.clone())
+        self.register_buffer("weight", torch.cat([*form.planes, *summing]))
+        self.register_buffer(
+            "gain", torch.cat([*(factor * scale for factor in form.factors), scale.new_ones(len(summing))])
+        )
+        self.register_buffer("rest", form.rest * scale if form.has_rest else None)
+        self.register_buffer("bias", torch.zeros_like(scale) if bias is None else bias.detach().float())
+
+    def _finish(self, products: Tensor, axis: int) -> Tensor:
+        """Add up the planes, what `rest` makes of the summing channel, and the bias."""
+        shape = [1] * products.dim()
+        shape[axis] = -1
+        total = products.narrow(axis, 0, self.out) if len(self.weight) > self.out else products
+        for plane in range(1, self.planes):
+            total = total + products.narrow(axis, plane * self.out, self.out)
+        if self.rest is not None:
+            total = total + products.narrow(axis, self.planes * self.out, 1) * self.rest.reshape(shape)
+        return total + self.bias.reshape(shape)
+
+
+def _form(layer: QuantizedWeight, most: int) -> SignedCodes:
+    """The first form of a weight without a number beyond `most`; the last one if there is none."""
+    codes = layer.weight_quantizer.integers()
+    rows = [-1] + [1] * (codes.dim() - 1)
+    forms = list(signed_codes(codes - layer.weight_quantizer.zero_point.reshape(rows)))
+    return next((form for form in forms if max(map(abs, form.extremes)) <= most), forms[-1])
+
+
+class ConvStandIn(StandIn):
+    """A quantized convolution in one group."""
+
+    def __init__(self, layer: QuantizedConv2d, dialect: Dialect, steps: Steps, vnni: bool) -> None:
+        super().__init__(layer, dialect, steps, clips=dialect.conv_clips and not vnni)
+        self.weight = dialect.conv_weight(self.weight)
+        self.like = (layer,)  # for its geometry; a tuple keeps its tensors out of this module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve `x`, float [batch, in, height, width]."""
+        scale, zero_point = (self.steps[0].row(table, 1) for table in (self.scale, self.zero_point))
+        codes = self.dialect.quantize(x, scale * self.equalizer, zero_point, self.top, 1)
+        products = self.dialect.conv(codes, zero_point, scale, self.weight, self.gain, self.like[0])
+        return self._finish(products, 1)
+
+
+class LinearStandIn(StandIn):
+    """A quantized linear layer."""
+
+    def __init__(self, layer: QuantizedLinear, dialect: Dialect, steps: Steps, vnni: bool) -> None:
+        super().__init__(layer, dialect, steps, clips=dialect.linear_clips and not vnni)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply `x`, float [..., in]."""
+        scale, zero_point = (self.steps[0].row(table, 1) for table in (self.scale, self.zero_point))
+        codes = self.dialect.quantize(x, scale * self.equalizer, zero_point, self.top, x.dim() - 1)
+        return self._finish(self.dialect.linear(codes, zero_point, scale, self.weight, self.gain), x.dim() - 1)
+
+
+class ProbabilityStandIn(nn.Module):
+    """The quantizer of attention probabilities without what formats lack, and without a grid that no step group uses."""
+
+    scale: Tensor
+    peak: Tensor
+    use_log2: Tensor
+
+    def __init__(self, quantizer: ProbabilityQuantizer, steps: Steps) -> None:
+        super().__init__()
+        self.last, self.per_octave, self.steps = quantizer.last, quantizer.grid.per_octave, (steps,)
+        for name in ("scale", "peak", "use_log2"):
+            self.register_buffer(name, getattr(quantizer, name).clone())
+        self.grids = {bool(chosen) for chosen in self.use_log2}
+
+    def forward(self, p: Tensor) -> Tensor:
+        """Quantize-dequantize `p`, float [batch, ...] in [0, 1]."""
+        if len(self.grids) == 1:
+            return self._log2(p) if True in self.grids else self._even(p)
+        return torch.where(self.steps[0].row(self.use_log2, p.dim()), self._log2(p), self._even(p))
+
+    def _even(self, p: Tensor) -> Tensor:
+        scale = self.steps[0].row(self.scale, p.dim())
+        return fake_quantize(p, scale, torch.zeros_like(scale), 0, self.last)
+
+    def _log2(self, p: Tensor) -> Tensor:
+        peak = self.steps[0].row(self.peak, p.dim())
+        codes = (torch.log2(p / peak) * -self.per_octave).round().clamp(0, self.last)
+        return (
+            torch.where(codes < self.last, torch.exp(codes * (-math.log(2) / self.per_octave)), torch.zeros_like(codes))
+            * peak
+        )

@@ -1,0 +1,115 @@
+"""Integer convolutions and matrix products of an NVIDIA GPU: its int8 matrix units, as `torch._int_mm` gives access to them.
+
+A linear layer is one product. A convolution gathers the windows of its input as bytes (im2col, a quarter of what floats would
+take) and is one product, too; a 1x1 convolution gathers nothing. Sums are exact in int32 on every device that has the op.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from tcaq.integer.backend import Backend, Geometry, Span
+
+MIDDLE = 128
+"""Added to signed codes gives unsigned ones; the op multiplies signed bytes."""
+LEAST_ROWS, STEP = 17, 8
+"""The op takes at least so many rows, and inner and output sizes that are multiples of 8."""
+CAPABILITY = (7, 5)
+
+
+def missing() -> str | None:
+    """Why nothing can run in integers on this GPU, or None."""
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device"
+    if not hasattr(torch, "_int_mm"):
+        return f"PyTorch {torch.__version__} has no int8 matrix product"
+    if torch.cuda.get_device_capability() < CAPABILITY:
+        return f"{torch.cuda.get_device_name()} has no int8 matrix units"
+    return None
+
+
+class IntegerMatrix:
+    """A weight int8 [out, in] as the op wants it, with what it takes to turn sums into floats.
+
+    Args: scale: float32 [out]; bias: float32 [out] or None.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        self.out, inner = weight.shape
+        self.fill = -inner % STEP
+        self.weight = pad(weight, (0, self.fill, 0, -self.out % STEP)).contiguous()
+        self.sums = weight.sum(1, dtype=torch.int32)
+        self.scale, self.bias = scale, torch.zeros_like(scale) if bias is None else bias
+
+    def __call__(self, codes: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
+        """Signed codes int8 [rows, in], which stand for (code - zero_point) * scale; returns `dtype` [rows, out]."""
+        rows = len(codes)
+        short = max(0, LEAST_ROWS - rows)
+        if self.fill or short:
+            codes = pad(codes, (0, self.fill, 0, short))
+        sums = torch._int_mm(codes, self.weight.t())[:rows, : self.out] - zero_point * self.sums
+        result: Tensor = torch.addcmul(self.bias, sums.to(self.scale.dtype), self.scale * scale).to(dtype)
+        return result
+
+
+class CudaLinear:
+    """A matrix product of uint8 inputs with int8 weights."""
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        self.matrix = IntegerMatrix(weight, scale, bias)
+
+    def __call__(self, codes: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
+        """Codes [rows, in]."""
+        return self.matrix(signed(codes), scale, zero_point - MIDDLE, dtype)
+
+
+class CudaConv:
+    """A convolution of uint8 inputs with int8 weights, in one group."""
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
+        self.kernel, self.geometry = tuple(weight.shape[2:]), geometry
+        self.matrix = IntegerMatrix(weight.permute(0, 2, 3, 1).flatten(1), scale, bias)
+
+    def __call__(self, codes: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
+        """Codes [batch, in, height, width], best channels-last."""
+        zero = zero_point - MIDDLE
+        found = windows(signed(codes).permute(0, 2, 3, 1), self.kernel, self.geometry, zero)
+        result = self.matrix(found.flatten(0, 2), scale, zero, dtype)
+        image: Tensor = result.unflatten(0, found.shape[:3]).permute(0, 3, 1, 2)
+        return image
+
+
+def signed(codes: Tensor) -> Tensor:
+    """Unsigned bytes less 128, as signed bytes: their upper bit turned over."""
+    return codes.bitwise_xor(MIDDLE).view(torch.int8)
+
+
+def windows(codes: Tensor, kernel: tuple[int, ...], geometry: Geometry, zero: int) -> Tensor:
+    """What each position of a convolution sees.
+
+    Args: codes: int8 [batch, height, width, channels]; zero: the code of the zeros around the image.
+    Returns: int8 [batch, height out, width out, kernel height * kernel width * channels].
+    """
+    (top, side), (down, right) = geometry.padding, geometry.stride
+    image = pad(codes, (0, 0, side, side, top, top), value=zero).contiguous()
+    batch, rows, columns, channels = image.shape
+    reach = [step * (k - 1) for step, k in zip(geometry.dilation, kernel, strict=True)]
+    size = (batch, (rows - reach[0] - 1) // down + 1, (columns - reach[1] - 1) // right + 1, *kernel, channels)
+    row, column = columns * channels, channels
+    steps = (rows * row, down * row, right * column, geometry.dilation[0] * row, geometry.dilation[1] * column, 1)
+    return image.as_strided(size, steps).flatten(3)
+
+
+def conv_problem(shape: tuple[int, ...], geometry: Geometry, span: Span) -> str | None:
+    """Grouped convolutions have no kernel here."""
+    return f"a convolution in {geometry.groups} groups has no integer kernel on a GPU" if geometry.groups > 1 else None
+
+
+def linear_problem(shape: tuple[int, ...], span: Span) -> str | None:
+    """Every matrix can be multiplied."""
+    return None
+
+
+CUDA = Backend(missing, CudaConv, CudaLinear, conv_problem, linear_problem)

@@ -1,0 +1,151 @@
+"""Layers that quantize their input to codes and hand it to an integer kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import sha256
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from tcaq.errors import CheckpointError
+from tcaq.integer.backend import Kernel
+from tcaq.layers.conv import QuantizedConv2d
+from tcaq.layers.linear import QuantizedLinear
+from tcaq.layers.modes import Mode, Moded
+from tcaq.layers.weighted import QuantizedWeight
+from tcaq.numerics.integers import SignedCodes
+from tcaq.quantizers.affine import AffineQuantizer
+from tcaq.quantizers.clock import StepClock
+
+
+class IntegerLayer(Moded, nn.Module):
+    """What integer convolutions and linear layers share.
+
+    They compute `Σ (w - w_zero)(q - q_zero)` in whole numbers and scale the sum: what the fake layer computes in float, within
+    the rounding of float. TCR's r divides the input as it is quantized and has no other part in it, since it cancels against
+    the weight's.
+
+    Attributes: scale: float32 [groups]; zero_point: int16 [groups], among unsigned codes; equalizer: float32 [in channels];
+        rest: None, or float32 [out], what the sum of a channel's inputs is worth; fingerprint: uint8 [32], SHA-256 of weight
+        and bias, which only the kernel holds, so that the module's state still tells two models apart.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    equalizer: Tensor
+    rest: Tensor | None
+    fingerprint: Tensor
+
+    def __init__(self, layer: QuantizedWeight, codes: SignedCodes, kernel: Kernel) -> None:
+        super().__init__()
+        self._kernel = kernel
+        quantizer, weight = cast(AffineQuantizer, layer.input_quantizer), layer.weight_quantizer
+        self._clock = (quantizer.clock,)
+        self.top = quantizer.high - quantizer.low
+        self.planes = len(codes.planes)
+        self.groups = layer.groups
+        self.register_buffer("scale", quantizer.scale.clone())
+        self.register_buffer("zero_point", quantizer.zero_point - quantizer.low)
+        self.register_buffer("equalizer", layer.equalizer.clone())
+        self.register_buffer("rest", codes.rest * weight.scale if codes.has_rest else None)
+        self.register_buffer("fingerprint", _fingerprint(codes.whole(), weight.scale, layer.quantized_bias()))
+        self._scales, self._zero_points = self.scale.tolist(), self.zero_point.tolist()
+
+    @property
+    def clock(self) -> StepClock:
+        """The denoiser's clock."""
+        return self._clock[0]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the kernel's products are the layer's, with nothing to add up."""
+        return self.planes == 1 and self.rest is None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply `x`, float [batch, ...]. Raises: CheckpointError in float mode, for which the weight is not there any more."""
+        if self.mode is not Mode.FAKE:
+            raise CheckpointError(
+                "this layer runs in integers and keeps no float weight; load the model again for other modes"
+            )
+        rows = [0] if self.clock.count == 1 else cast("list[int]", self.clock.group.tolist())
+        if len(set(rows)) == 1:
+            return self._run(x, rows[0])
+        parts = [self._run(x[[i for i, row in enumerate(rows) if row == group]], group) for group in sorted(set(rows))]
+        return torch.cat(parts)[_places(rows)]
+
+    def _run(self, x: Tensor, group: int) -> Tensor:
+        """The layer on samples that are all in one step group."""
+        raise NotImplementedError
+
+    def _multiply(self, codes: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+        """The kernel's products, their parts added up; codes uint8 [batch or rows, in, ...]."""
+        scale, zero_point = self._scales[group], self._zero_points[group]
+        if self.is_plain:
+            return self._kernel(codes, scale, zero_point, dtype)
+        return self._sum(self._kernel(codes, scale, zero_point, torch.float32)).to(dtype)
+
+    def _codes(self, x: Tensor, group: int, shape: Sequence[int]) -> Tensor:
+        """Unsigned codes of x in float; the division is the fake quantizer's, so that the codes are, too."""
+        divisor = (self.scale[group] * self.equalizer).reshape(shape)
+        codes: Tensor = (x / divisor).round_().add_(self._zero_points[group]).clamp_(0, self.top)
+        return codes
+
+    def _sum(self, products: Tensor) -> Tensor:
+        """Add the planes, and what `rest` makes of the summing channel; see `stacked` for how they lie."""
+        parts = products.unflatten(1, (self.groups, -1))
+        own = (parts.shape[2] - (self.rest is not None)) // self.planes
+        total = parts.narrow(2, 0, own)
+        for plane in range(1, self.planes):
+            total = total + parts.narrow(2, plane * own, own)
+        if self.rest is not None:
+            rest = self.rest.reshape(1, self.groups, own, *[1] * (parts.dim() - 3))
+            total = torch.addcmul(total, parts.narrow(2, self.planes * own, 1), rest)
+        result: Tensor = total.flatten(1, 2)
+        return result
+
+
+class IntegerConv2d(IntegerLayer):
+    """Stands in for a QuantizedConv2d; see IntegerLayer."""
+
+    def __init__(self, layer: QuantizedConv2d, codes: SignedCodes, kernel: Kernel, padded: Sequence[int]) -> None:
+        super().__init__(layer, codes, kernel)
+        self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
+        self._padded = list(padded)
+        self._padding_mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+
+    def _run(self, x: Tensor, group: int) -> Tensor:
+        if any(self._padded):
+            x = pad(x, self._padded, mode=self._padding_mode)
+        codes = self._codes(x, group, (1, -1, 1, 1)).to(torch.uint8, memory_format=torch.channels_last)
+        return self._multiply(codes, group, x.dtype)
+
+
+class IntegerLinear(IntegerLayer):
+    """Stands in for a QuantizedLinear; see IntegerLayer."""
+
+    def __init__(self, layer: QuantizedLinear, codes: SignedCodes, kernel: Kernel) -> None:
+        super().__init__(layer, codes, kernel)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+
+    def _run(self, x: Tensor, group: int) -> Tensor:
+        codes = self._codes(x, group, (-1,)).to(torch.uint8).reshape(-1, self.in_features)
+        return self._multiply(codes, group, x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+
+def _places(rows: Sequence[int]) -> list[int]:
+    """Where each sample is after samples were sorted by their group."""
+    order = sorted(range(len(rows)), key=lambda i: rows[i])
+    places = [0] * len(rows)
+    for position, sample in enumerate(order):
+        places[sample] = position
+    return places
+
+
+def _fingerprint(*tensors: Tensor | None) -> Tensor:
+    digest = sha256()
+    for tensor in tensors:
+        digest.update(b"none" if tensor is None else tensor.detach().cpu().float().numpy().tobytes())
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)

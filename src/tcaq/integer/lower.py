@@ -1,0 +1,121 @@
+"""Swap a quantized denoiser's layers for ones that compute in integers."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from tcaq.errors import UsageError
+from tcaq.integer.backend import Backend
+from tcaq.integer.build import NoKernel, integer_layer
+from tcaq.integer.cpu import CPU
+from tcaq.integer.cuda import CUDA
+from tcaq.layers.attention import MIX, SCORES, ProductProcessor
+from tcaq.layers.insert import quantized_layers, replace
+from tcaq.layers.product import QuantizedProduct
+from tcaq.layers.weighted import QuantizedWeight
+from tcaq.models.denoiser import find_denoiser
+from tcaq.models.quantizer import TcaqQuantizer
+
+BACKENDS = {"cpu": CPU, "cuda": CUDA}
+Products = Literal["plan", "fused"]
+Execution = Literal["integer", "fake", "float"]
+NO_PRODUCT = "products of two activations have no integer kernel"
+FUSED = "asked for: attention in one fused float operation"
+
+
+@dataclass(frozen=True)
+class LayerExecution:
+    """How one layer runs after lowering, and if not in integers, why."""
+
+    name: str
+    execution: Execution
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """What became of every quantized layer, in the model's order."""
+
+    layers: tuple[LayerExecution, ...]
+
+    @property
+    def kept(self) -> tuple[LayerExecution, ...]:
+        """The layers that do not run in integers."""
+        return tuple(layer for layer in self.layers if layer.execution != "integer")
+
+    def summary(self) -> str:
+        """A line of counts, then a line for each reason with the layers that it holds for."""
+        lines = [f"{len(self.layers) - len(self.kept)} of {len(self.layers)} quantized layers run in integers"]
+        for reason in dict.fromkeys((layer.execution, layer.reason) for layer in self.kept):
+            names = [layer.name for layer in self.kept if (layer.execution, layer.reason) == reason]
+            lines.append(f"{len(names)} {reason[0]}, {reason[1]}: {', '.join(names)}")
+        return "\n".join(lines)
+
+
+class LoweredQuantizer(TcaqQuantizer):
+    """What a lowered denoiser tells diffusers: it cannot be saved."""
+
+    @property
+    def is_serializable(self) -> bool:
+        """Raises: UsageError always."""
+        raise UsageError("a lowered pipeline holds no codes to save; copy the checkpoint that it was loaded from")
+
+
+def lower(pipe: DiffusionPipeline, products: Products = "plan") -> Lowering:
+    """Let a quantized pipeline compute in integers, in place, on the device where its denoiser is.
+
+    Codes are unpacked once into what the device's kernels multiply, and dropped; no float copy of a weight is left of the
+    layers that run in integers. A layer without an exact kernel stays as it was (fake), and the result says why. Where nothing
+    can run, everything stays and one warning says so.
+
+    Args: pipe: loaded from a checkpoint, or quantized in memory; products: what becomes of the products in attention: `plan`,
+        quantized as the plan says, in float arithmetic; `fused`, not quantized, in PyTorch's fused attention.
+    Raises: UsageError if the pipeline is not quantized.
+    """
+    denoiser = find_denoiser(pipe)[1]
+    layers = dict(quantized_layers(denoiser))
+    if not layers:
+        raise UsageError(
+            f"the denoiser of this {type(pipe).__name__} is not quantized (or lowered already); nothing to lower"
+        )
+    device = next(denoiser.parameters()).device.type
+    backend = BACKENDS.get(device)
+    problem = f"tcaq has no integer kernels for the device {device!r}" if backend is None else backend.missing()
+    if problem is not None:
+        warnings.warn(f"{problem}; the model runs fake-quantized, in float", RuntimeWarning, stacklevel=2)
+        return Lowering(tuple(LayerExecution(name, "fake", problem) for name in layers))
+    done = [_lower(denoiser, name, layer, cast(Backend, backend), products) for name, layer in layers.items()]
+    if products == "fused":
+        _fuse(denoiser)
+    if (quantizer := getattr(denoiser, "hf_quantizer", None)) is not None:
+        denoiser.hf_quantizer = LoweredQuantizer(quantizer.quantization_config)
+    return Lowering(tuple(done))
+
+
+def _lower(
+    denoiser: nn.Module, name: str, layer: QuantizedWeight | QuantizedProduct, backend: Backend, products: Products
+) -> LayerExecution:  # fmt: skip
+    if isinstance(layer, QuantizedProduct):
+        return LayerExecution(name, "float", FUSED) if products == "fused" else LayerExecution(name, "fake", NO_PRODUCT)
+    try:
+        with torch.no_grad():
+            replace(denoiser, name, integer_layer(layer, backend))
+    except NoKernel as problem:
+        return LayerExecution(name, "fake", str(problem))
+    return LayerExecution(name, "integer")
+
+
+def _fuse(denoiser: nn.Module) -> None:
+    """Give every attention the processor back that it had before its products became layers."""
+    for module in denoiser.modules():
+        if isinstance(module, Attention) and isinstance(module.processor, ProductProcessor):
+            module.set_processor(module.processor.original)
+            delattr(module, SCORES)
+            delattr(module, MIX)

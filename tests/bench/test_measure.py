@@ -1,0 +1,107 @@
+"""The benchmark on a tiny model: what it reports, and what it does with contenders that cannot run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from tcaq import checkpoint
+from tcaq.bench import contenders, measure, memory
+from tcaq.bench.contenders import CONTENDERS, Bout, Contender
+from tcaq.bench.measure import Settings, benchmark
+from tcaq.bench.memory import peak_memory
+from tcaq.cli import app
+from tcaq.errors import MissingExtraError, UsageError
+from tcaq.models.load import load_pipeline
+
+SETTINGS = Settings(batches=(1, 2), repeat=1, steps=2, images=2)
+
+
+@pytest.fixture(scope="module")
+def bout(tiny_pipeline, quantized_tiny, tmp_path_factory) -> Bout:
+    root = tmp_path_factory.mktemp("bench")
+    tiny_pipeline().save_pretrained(root / "float")
+    checkpoint.save(quantized_tiny(tiny_pipeline(), weights=8), root / "quantized")
+    return Bout(root / "quantized", str(root / "float"), root / "work", lambda: load_pipeline(str(root / "float")))
+
+
+def test_a_row_for_each_contender_with_float_first(bout):
+    told = []
+    result = benchmark(bout, ["fake", "integer"], SETTINGS, told.append)
+    rows = {row.name: row for row in result.rows}
+    assert list(rows) == ["fp32", "fake", "integer"]
+    assert told == [f"building {name}" for name in rows]
+    for row in rows.values():
+        assert set(row.seconds) == {1, 2}
+        assert all(seconds > 0 for seconds in row.seconds.values())
+        assert row.problem is None
+    assert rows["fp32"].psnr is None
+    assert abs(rows["fake"].psnr - rows["integer"].psnr) < 3
+    assert rows["integer"].size == (bout.folder / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
+    assert measure.Benchmark.model_validate_json(result.model_dump_json()) == result
+
+
+def test_the_float_model_against_itself_has_the_ceiling_for_psnr(bout, monkeypatch):
+    monkeypatch.setitem(CONTENDERS, "again", CONTENDERS["fp32"])
+    assert benchmark(bout, ["again"], SETTINGS, lambda _: None).rows[1].psnr == 100
+
+
+def test_a_contender_that_cannot_run_says_why_and_the_others_go_on(bout, monkeypatch):
+    def lacking(_: Bout) -> Contender:
+        raise MissingExtraError("nncf", "bench")
+
+    def broken(_: Bout) -> Contender:
+        raise RuntimeError("no such operator\nand a page of stack")
+
+    monkeypatch.setitem(CONTENDERS, "nncf", lacking)
+    monkeypatch.setitem(CONTENDERS, "torchao", broken)
+    rows = {row.name: row for row in benchmark(bout, ["nncf", "torchao", "fake"], SETTINGS, lambda _: None).rows}
+    assert "pip install 'tcaq[bench]'" in rows["nncf"].problem
+    assert rows["torchao"].problem == "RuntimeError: no such operator"
+    assert rows["fake"].problem is None
+
+
+def test_integer_without_a_kernel_is_left_out_not_timed_as_fake(bout, monkeypatch):
+    monkeypatch.setattr(contenders, "lower", lambda *_, **__: measure_lowering("no kernels here"))
+    assert benchmark(bout, ["integer"], SETTINGS, lambda _: None).rows[1].problem == "no kernels here"
+
+
+def measure_lowering(reason: str):
+    from tcaq.integer.lower import LayerExecution, Lowering
+
+    return Lowering((LayerExecution("conv_in", "fake", reason),))
+
+
+def test_unknown_names_are_refused(bout):
+    with pytest.raises(UsageError, match=r"unknown contenders: tensorrt; known: fp32, fp32-compiled"):
+        benchmark(bout, ["tensorrt"], SETTINGS, lambda _: None)
+
+
+def test_peak_memory_is_taken_in_another_process(bout, monkeypatch):
+    assert 2**18 < peak_memory(bout, "integer", batch=1, steps=1) < 2**30
+    monkeypatch.setattr(memory.sys, "executable", "/bin/false")
+    assert peak_memory(bout, "integer", batch=1, steps=1) is None
+
+
+def test_the_command_writes_json_and_a_table(bout, tmp_path):
+    arguments = [
+        "bench",
+        bout.folder,
+        "--reference",
+        bout.model,
+        "--against",
+        "integer",
+        "--batches",
+        "2",
+        "--repeat",
+        "1",
+    ]
+    arguments += ["--steps", "2", "--images", "2", "--json", tmp_path / "bench.json"]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    written = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["name"] for row in written["rows"]] == ["fp32", "integer"]
+    assert "ms a step, batch 2" in result.output
+    assert CliRunner().invoke(app, [str(a) for a in (*arguments, "--batches", "2,x")]).exit_code == 2

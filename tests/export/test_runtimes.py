@@ -1,0 +1,158 @@
+"""ONNX Runtime and OpenVINO against the fake model: layer by layer, end to end, and an exported folder's whole life."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tcaq
+from tcaq.errors import CheckpointError, MissingExtraError, UsageError
+from tcaq.export import onnx, openvino
+from tcaq.export.folder import CARD
+from tcaq.export.parity import parity
+from tcaq.export.standin import Steps
+from tcaq.export.traceable import stand_in
+from tcaq.models.sampler import sample
+from tcaq.spec.grid import AffineGrid
+from tests.integer.test_layers import bound, quantized
+
+FORMATS = ("onnx", "openvino")
+WRITE = {"onnx": tcaq.export_onnx, "openvino": tcaq.export_openvino}
+READ = {"onnx": tcaq.load_onnx, "openvino": tcaq.load_openvino}
+PACKAGES = {"onnx": ("onnx", "onnxruntime"), "openvino": ("openvino",)}
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def form(request: pytest.FixtureRequest) -> str:
+    for package in PACKAGES[request.param]:
+        pytest.importorskip(package)
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_pipeline, quantized_tiny):
+    return quantized_tiny(tiny_pipeline())
+
+
+@pytest.fixture(scope="module")
+def folder(form, pipe, tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp(form) / "exported"
+    WRITE[form](pipe, target)
+    return target
+
+
+class OneLayer(nn.Module):
+    """A layer as a model of its own, at a timestep."""
+
+    def __init__(self, layer: nn.Module, dialect: object) -> None:
+        super().__init__()
+        self.steps = (Steps(layer.input_quantizer.clock.boundaries),)
+        self.layer = stand_in(layer, dialect, self.steps[0])
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        self.steps[0].set(timestep)
+        return self.layer(sample)
+
+
+def run_layer(form: str, layer: nn.Module, x: Tensor, path: Path):
+    """Predictions of a layer in the other runtime, as a function of the timestep."""
+    module = onnx if form == "onnx" else openvino
+    dialect = onnx.OnnxDialect() if form == "onnx" else openvino.OpenVinoDialect()
+    module.write_traced(OneLayer(layer, dialect).eval(), (x, torch.zeros(1)), path)
+    predict = module.open_onnx(path) if form == "onnx" else module.open_openvino(path)
+    return lambda time: torch.from_numpy(predict(x.numpy(), np.array([time], dtype=np.float32)))
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (8, 8)], ids=str)
+@pytest.mark.parametrize("plain", [nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.Linear(6, 8)], ids=["conv", "linear"])
+def test_each_kind_of_layer_equals_its_fake_one(form, plain, bits, tmp_path) -> None:
+    torch.manual_seed(0)
+    layer = quantized(plain, AffineGrid(bits=bits[0]), AffineGrid(bits=bits[1]))
+    x = torch.randn(3, 6, 9, 10) if isinstance(plain, nn.Conv2d) else torch.randn(3, 5, 6, 6)
+    found = run_layer(form, layer, x, tmp_path / {"onnx": "layer.onnx", "openvino": "layer.xml"}[form])
+    for time in (10.0, 900.0):
+        layer.input_quantizer.clock.set(time)
+        with torch.no_grad():
+            off = (found(time) - layer(x)).abs() > bound(layer, x) * 10
+        assert off.double().mean() < 0.02  # where a quotient lies on the edge between two codes
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 16, 16), (3, 1, 24, 16)], ids=str)
+@pytest.mark.parametrize("when", [10.0, 500.0, torch.tensor(999)], ids=str)
+def test_predictions_are_those_of_the_fake_model_at_any_size(folder, form, pipe, shape, when) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected, found = (p.unet(x, when).sample for p in (pipe, READ[form](folder)))
+    difference = (found - expected).abs()
+    assert found.shape == expected.shape
+    assert difference.median() <= 0.05 * expected.std()
+    assert difference.square().mean() <= 0.05 * expected.var()
+
+
+def test_a_batch_with_several_timesteps_is_run_one_by_one(folder, form, pipe) -> None:
+    x, when = torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(3)), torch.tensor([990, 10, 400])
+    exported = READ[form](folder).unet
+    together = exported(x, when, return_dict=False)[0]
+    for i in range(3):
+        torch.testing.assert_close(together[i : i + 1], exported(x[i : i + 1], when[i]).sample, rtol=1e-4, atol=1e-4)
+
+
+def test_images_come_from_the_same_pipeline_class(folder, form, pipe) -> None:
+    exported = READ[form](folder)
+    assert type(exported) is type(pipe)
+    found, expected = sample(exported, [1, 2], 2).float(), sample(pipe, [1, 2], 2).float()
+    assert expected.std() > 10
+    assert (found - expected).abs().median() <= 3
+    assert parity(pipe, exported) > 15
+    assert parity(pipe, pipe) > 200
+
+
+def test_weights_are_stored_in_bytes(folder, form, pipe) -> None:
+    count = sum(
+        layer.weight_quantizer.shape.numel() for layer in pipe.unet.modules() if hasattr(layer, "weight_quantizer")
+    )
+    if form == "openvino":
+        assert (folder / "unet" / "model.bin").stat().st_size < 2 * count
+        return
+    import onnx as package
+
+    stored = package.load(folder / "unet" / "model.onnx").graph.initializer
+    kinds = (package.TensorProto.INT8, package.TensorProto.UINT8)
+    integers = sum(int(np.prod(t.dims)) for t in stored if t.data_type in kinds)
+    floats = max(int(np.prod(t.dims)) for t in stored if t.data_type == package.TensorProto.FLOAT)
+    assert integers >= count
+    assert floats <= 256  # tables and vectors, no matrix
+
+
+def test_a_damaged_or_foreign_folder_is_refused(folder, form, tmp_path) -> None:
+    with pytest.raises(CheckpointError, match="holds no export"):
+        READ[form](tmp_path)
+    with pytest.raises(UsageError, match="is not empty and holds no export"):
+        WRITE[form](None, Path(__file__).parent)
+    card = json.loads((folder / CARD).read_text())
+    file = folder / "unet" / sorted(card["sha256"])[0]
+    whole = file.read_bytes()
+    try:
+        file.write_bytes(whole[:-7])
+        with pytest.raises(CheckpointError, match=rf"{file.name} is missing or damaged"):
+            READ[form](folder)
+    finally:
+        file.write_bytes(whole)
+    other = next(name for name in FORMATS if name != form)
+    if all(package in sys.modules for package in PACKAGES[other]):
+        with pytest.raises(CheckpointError, match=f"holds an export to '{form}', not to '{other}'"):
+            READ[other](folder)
+
+
+@pytest.mark.parametrize(("name", "package"), [("onnx", "onnxruntime"), ("openvino", "openvino")])
+def test_a_missing_extra_is_named(name, package, pipe, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError, match=rf"pip install 'tcaq\[{name}\]'"):
+        WRITE[name](pipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

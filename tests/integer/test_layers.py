@@ -1,0 +1,138 @@
+"""Integer layers against the fake layers that they stand in for, element by element."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tcaq.errors import CheckpointError
+from tcaq.integer.backend import Backend
+from tcaq.integer.build import NoKernel, integer_layer
+from tcaq.integer.cpu import CPU
+from tcaq.integer.cuda import CUDA
+from tcaq.layers.conv import QuantizedConv2d
+from tcaq.layers.linear import QuantizedLinear
+from tcaq.layers.modes import floating
+from tcaq.numerics.affine import qparams
+from tcaq.quantizers.clock import StepClock
+from tcaq.spec.grid import AffineGrid
+from tcaq.spec.plan import LayerGrids
+from tcaq.spec.steps import StepGroups
+
+CONVOLUTIONS: list[dict[str, Any]] = [
+    {},
+    {"padding": 1, "bias": False},
+    {"stride": 2, "padding": 1},
+    {"padding": "same", "dilation": 2},
+    {"padding": 1, "padding_mode": "reflect"},
+    {"groups": 2, "padding": 1},
+]
+BITS = [(2, 8), (4, 4), (7, 8), (8, 2), (8, 8)]
+TIMES = {"one group": torch.tensor([900]), "mixed": torch.tensor([10, 900, 20])}
+
+
+def quantized(
+    plain: nn.Conv2d | nn.Linear, weight: AffineGrid, inputs: AffineGrid
+) -> QuantizedConv2d | QuantizedLinear:
+    """A TCR vector that differs by channel, grids that clip, zero points off the middle, one channel of positive weights alone."""
+    clock = StepClock(StepGroups(boundaries=(500.0,)))
+    conv = isinstance(plain, nn.Conv2d)
+    grids = LayerGrids(name="layer", kind="conv" if conv else "linear", weight=weight, inputs=(inputs,))
+    layer = QuantizedConv2d.wrap(plain, grids, clock) if conv else QuantizedLinear.wrap(plain, grids, clock)
+    plain.weight.data[0].abs_()
+    layer.equalizer.copy_(1 + 3 * torch.rand(layer.equalizer.shape))
+    quantizer, span = layer.input_quantizer, 2**inputs.bits
+    zero = torch.tensor([0.4, 0.6]).mul(span).round() + quantizer.low
+    quantizer.set_rows(torch.tensor([1.1, 1.7]) / span, zero)
+    rows = layer.equalized_weight().detach()
+    flat = rows.flatten(1)
+    layer.weight_quantizer.set_rows(
+        *qparams(flat.amin(1), flat.amax(1), weight.bits, weight.signed, weight.symmetric), rows
+    )
+    return layer
+
+
+def bound(layer: QuantizedConv2d | QuantizedLinear, x: Tensor) -> Tensor:
+    """How far float sums may be off: the sum of the products' sizes times a few roundings."""
+    hat, weight = layer.quantized_input(x).double().abs(), layer.quantized_weight(torch.float32).double().abs()
+    if isinstance(layer, QuantizedConv2d):
+        return 1e-6 * layer._conv_forward(hat, weight, None) + 1e-6
+    return 1e-6 * hat @ weight.T + 1e-6
+
+
+@torch.no_grad()
+def check(layer: QuantizedConv2d | QuantizedLinear, x: Tensor, backend: Backend, when: Tensor) -> None:
+    layer.input_quantizer.clock.set(when)
+    fake = layer(x)
+    found = integer_layer(layer, backend)(x)
+    assert found.shape == fake.shape
+    assert ((found.double() - fake.double()).abs() <= bound(layer, x)).all()
+
+
+@pytest.mark.parametrize("when", TIMES.values(), ids=TIMES.keys())
+@pytest.mark.parametrize("bits", BITS, ids=str)
+@pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
+def test_a_convolution_equals_its_fake_one(options: dict[str, Any], bits: tuple[int, int], when: Tensor) -> None:
+    torch.manual_seed(0)
+    layer = quantized(nn.Conv2d(6, 8, 3, **options), AffineGrid(bits=bits[0]), AffineGrid(bits=bits[1]))
+    check(layer, torch.randn(3, 6, 9, 9), CPU, when)
+    if layer.groups == 1:
+        check(layer, torch.randn(3, 6, 9, 9), CUDA, when)
+
+
+@pytest.mark.parametrize("when", TIMES.values(), ids=TIMES.keys())
+@pytest.mark.parametrize("bits", BITS, ids=str)
+@pytest.mark.parametrize("shape", [(3, 7), (3, 5, 7)], ids=str)
+def test_a_linear_layer_equals_its_fake_one(shape: tuple[int, ...], bits: tuple[int, int], when: Tensor) -> None:
+    torch.manual_seed(0)
+    layer = quantized(nn.Linear(7, 4), AffineGrid(bits=bits[0]), AffineGrid(bits=bits[1]))
+    check(layer, torch.randn(shape), CPU, when)
+    check(layer, torch.randn(shape), CUDA, when)
+
+
+@pytest.mark.parametrize(
+    "weight", [AffineGrid(bits=8, signed=True, symmetric=True), AffineGrid(bits=8, symmetric=True)], ids=str
+)
+def test_signed_and_symmetric_grids(weight: AffineGrid) -> None:
+    torch.manual_seed(0)
+    layer = quantized(nn.Conv2d(16, 8, 3, padding=1), weight, AffineGrid(bits=8, signed=True))
+    check(layer, torch.randn(3, 16, 9, 9), CPU, TIMES["mixed"])
+
+
+def test_a_corrected_bias_is_carried_over() -> None:
+    torch.manual_seed(0)
+    layer = quantized(nn.Linear(7, 4), AffineGrid(bits=4), AffineGrid(bits=8))
+    layer.bias_correction = torch.randn(4)
+    check(layer, torch.randn(3, 7), CPU, TIMES["mixed"])
+
+
+def test_half_precision_glue_keeps_its_dtype() -> None:
+    torch.manual_seed(0)
+    layer = quantized(nn.Conv2d(6, 8, 3).bfloat16(), AffineGrid(bits=8), AffineGrid(bits=8))
+    x = torch.randn(3, 6, 9, 9).bfloat16()
+    with torch.no_grad():
+        fake, found = layer(x), integer_layer(layer, CPU)(x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), fake.float(), rtol=0.03, atol=0.03)
+
+
+def test_float_mode_is_refused() -> None:
+    layer = integer_layer(quantized(nn.Linear(7, 4), AffineGrid(bits=4), AffineGrid(bits=8)), CPU)
+    with floating(layer), pytest.raises(CheckpointError, match="keeps no float weight"):
+        layer(torch.randn(3, 7))
+
+
+def test_models_with_different_weights_have_different_state() -> None:
+    torch.manual_seed(0)
+    one, two = (integer_layer(quantized(nn.Linear(7, 4), AffineGrid(bits=4), AffineGrid(bits=8)), CPU) for _ in "12")
+    assert not torch.equal(one.state_dict()["fingerprint"], two.state_dict()["fingerprint"])
+
+
+def test_where_no_form_is_exact_there_is_no_kernel() -> None:
+    layer = quantized(nn.Linear(7, 4), AffineGrid(bits=4), AffineGrid(bits=8))
+    careful = Backend(CPU.missing, CPU.conv, CPU.linear, CPU.conv_problem, lambda shape, span: f"no luck with {shape}")
+    with pytest.raises(NoKernel, match=r"no luck with \(4, 7\)"):
+        integer_layer(layer, careful)

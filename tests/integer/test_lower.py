@@ -1,0 +1,179 @@
+"""A whole pipeline, fake against integer, and everything that must not break it."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tcaq
+from tcaq.errors import UsageError
+from tcaq.integer import cpu
+from tcaq.integer.layer import IntegerLayer
+from tcaq.integer.lower import BACKENDS
+from tcaq.layers.insert import quantized_layers
+from tcaq.layers.product import QuantizedProduct
+from tcaq.layers.weighted import QuantizedWeight
+from tcaq.models.correction import attach_correction
+from tcaq.models.load import weights_hash
+from tcaq.models.sampler import sample
+
+
+@torch.no_grad()
+def output(unet: nn.Module, when: float | Tensor = 500.0) -> Tensor:
+    x = torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(3))
+    return unet(x, torch.as_tensor(when)).sample
+
+
+@pytest.fixture
+def make(tiny_pipeline, quantized_tiny):
+    return lambda **options: quantized_tiny(tiny_pipeline(), **options)
+
+
+def test_every_weighted_layer_runs_in_integers_and_the_rest_says_why(make):
+    pipe = make()
+    planned = dict(quantized_layers(pipe.unet))
+    lowering = tcaq.lower(pipe)
+    assert [row.name for row in lowering.layers] == list(planned)
+    for row in lowering.layers:
+        weighted = isinstance(planned[row.name], QuantizedWeight)
+        assert row.execution == ("integer" if weighted else "fake")
+        assert isinstance(pipe.unet.get_submodule(row.name), IntegerLayer if weighted else QuantizedProduct)
+    assert {row.reason for row in lowering.kept} == {"products of two activations have no integer kernel"}
+    assert f"{len(lowering.layers) - len(lowering.kept)} of {len(planned)} quantized layers" in lowering.summary()
+    assert all(row.name in lowering.summary() for row in lowering.kept)
+
+
+OPTIONS = [{}, {"weights": 8, "activations": 8}, {"weights": 3, "activations": 4}]
+TIMES = [10.0, torch.tensor([10, 990, 400])]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("when", TIMES, ids=str)
+def test_each_layer_equals_its_fake_one_on_what_it_meets_in_the_model(make, options, when):
+    pipe, met = make(**options), {}
+
+    def remember(name):
+        return lambda layer, args, result: met.update({name: (layer, args[0], result)})
+
+    for name, layer in quantized_layers(pipe.unet):
+        if isinstance(layer, QuantizedWeight):
+            layer.register_forward_hook(remember(name))
+    output(pipe.unet, when)
+    tcaq.lower(pipe)
+    for name, (layer, x, expected) in met.items():
+        with torch.no_grad():
+            found = pipe.unet.get_submodule(name)(x)
+            sizes = abs(layer.quantized_input(x)), abs(layer.quantized_weight(torch.float32))
+            conv = isinstance(layer, nn.Conv2d)
+            bound = layer._conv_forward(*sizes, None) if conv else torch.nn.functional.linear(*sizes)
+        assert found.shape == expected.shape
+        assert (abs(found - expected) <= 1e-6 * (bound + 1)).all(), name
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("when", TIMES, ids=str)
+def test_predictions_differ_by_rounding_where_no_code_tips_over(make, options, when):
+    # where rounding tips a value over the edge of a code, what follows differs by a step: not so for most
+    pipe = make(**options)
+    fake = output(pipe.unet, when)
+    tcaq.lower(pipe)
+    difference = (output(pipe.unet, when) - fake).abs()
+    assert difference.median() <= 1e-5 * fake.std()
+    assert difference.square().mean() <= 0.05 * fake.var()
+
+
+def test_images_are_those_of_the_fake_pipeline(make):
+    pipe = make(weights=8)
+    fake = sample(pipe, [1, 2, 3], 2).short()
+    tcaq.lower(pipe)
+    difference = (sample(pipe, [1, 2, 3], 2).short() - fake).abs()
+    assert fake.float().std() > 10
+    assert (difference <= 1).double().mean() > 0.95
+
+
+def test_the_noise_correction_stays_in_force(make):
+    pipe = make(weights=8)
+    attach_correction(pipe.unet, 1).set_rows(torch.full((3,), 0.5), torch.zeros(3, 1))
+    tcaq.lower(pipe)
+    corrected = output(pipe.unet)
+    pipe.unet.noise_correction.set_rows(torch.zeros(3), torch.zeros(3, 1))
+    torch.testing.assert_close(output(pipe.unet), corrected * 1.5)
+
+
+def test_no_copy_of_a_weight_stays_but_the_packed_one(make):
+    pipe = make()
+    largest = max(
+        layer.weight_quantizer.shape.numel()
+        for _, layer in quantized_layers(pipe.unet)
+        if isinstance(layer, QuantizedWeight)
+    )
+    tcaq.lower(pipe)
+    held = [part for module in pipe.unet.modules() for part in vars(module).values() if isinstance(part, Tensor)]
+    state = list(pipe.unet.state_dict().values())
+    assert max(part.numel() for part in held + state) < largest
+    assert not any("codes" in name for name in pipe.unet.state_dict())
+
+
+def test_fused_attention_is_an_option_and_is_said(make):
+    pipe = make()
+    quantized = output(pipe.unet)
+    lowering = tcaq.lower(pipe, products="fused")
+    assert {(row.execution, row.reason) for row in lowering.kept} == {
+        ("float", "asked for: attention in one fused float operation")
+    }
+    assert not any(isinstance(module, QuantizedProduct) for module in pipe.unet.modules())
+    assert not torch.equal(output(pipe.unet), quantized)
+
+
+def test_without_the_ops_it_runs_fake_with_one_warning(make, monkeypatch):
+    pipe = make()
+    before = output(pipe.unet)
+    monkeypatch.setitem(cpu.ARGUMENTS, "qconv_prepack", ("of", "another", "version"))
+    with pytest.warns(
+        RuntimeWarning, match="onednn::qconv_prepack takes other arguments.*runs fake-quantized"
+    ) as caught:
+        lowering = tcaq.lower(pipe)
+    assert len(caught) == 1
+    assert {row.execution for row in lowering.layers} == {"fake"}
+    assert torch.equal(output(pipe.unet), before)
+    monkeypatch.undo()
+    assert len(tcaq.lower(pipe).kept) < len(lowering.layers)
+
+
+def test_a_device_without_kernels_runs_fake_with_one_warning(make, monkeypatch):
+    monkeypatch.delitem(BACKENDS, "cpu")
+    with pytest.warns(RuntimeWarning, match="no integer kernels for the device 'cpu'"):
+        assert all(row.execution == "fake" for row in tcaq.lower(make()).layers)
+
+
+def test_a_layer_that_is_not_exact_stays_fake_and_equal(make, monkeypatch):
+    pipe = make()
+    before = output(pipe.unet)
+    backend = cpu.Backend(cpu.missing, cpu.CpuConv, cpu.CpuLinear, lambda *_: "it clips", lambda *_: "it clips")
+    monkeypatch.setitem(BACKENDS, "cpu", backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lowering = tcaq.lower(pipe)
+    assert {row.reason for row in lowering.kept} == {"it clips", "products of two activations have no integer kernel"}
+    assert torch.equal(output(pipe.unet), before)
+
+
+def test_what_is_not_quantized_is_refused(tiny_pipeline, make):
+    with pytest.raises(UsageError, match="is not quantized"):
+        tcaq.lower(tiny_pipeline())
+    pipe = make()
+    tcaq.lower(pipe, products="fused")
+    with pytest.raises(UsageError, match="lowered already"):
+        tcaq.lower(pipe)
+
+
+def test_a_lowered_pipeline_is_not_saved(make, tmp_path):
+    pipe = make()
+    before = weights_hash(pipe.unet)
+    tcaq.lower(pipe)
+    assert weights_hash(pipe.unet) != before
+    with pytest.raises(UsageError, match="no codes to save"):
+        pipe.unet.save_pretrained(tmp_path)
