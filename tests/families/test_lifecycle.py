@@ -9,6 +9,7 @@ from diffusers import AutoModel, DiffusionPipeline
 import tcaq
 from tcaq.layers.insert import quantized_layers
 from tcaq.models.denoiser import find_denoiser
+from tcaq.models.load import load_pipeline
 from tcaq.models.prompting import resolve_conditions
 from tcaq.models.sampler import record, sample
 from tcaq.models.switch import use_scheduler
@@ -88,3 +89,23 @@ def test_reconstruction_lowers_losses_and_resumes(name, tmp_path):
     state = alone.state_dict()
     assert all(torch.equal(state[key], value) for key, value in find_denoiser(loaded)[1].state_dict().items())
     assert sum(1 for _ in quantized_layers(alone)) == len(list(quantized_layers(find_denoiser(made)[1])))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("sd", torch.bfloat16), ("dit", torch.float16), ("flux", torch.bfloat16)], ids=str
+)
+def test_a_pipeline_in_half_precision_stays_in_it(name, dtype, tmp_path):
+    small = {"reconstruction": {"iterations": 3, "inputs": 4, "batch": 2}, "alignment": None, "network": None}
+    spec = recipe(name, "tcaq", weights=8, activations=8, **small, correction=None)
+    pipeline_of(name, dtype).save_pretrained(tmp_path / "float")
+    # from its file, as users have it: position tables that are stored in none are then float32
+    made = tcaq.quantize(load_pipeline(str(tmp_path / "float")), spec, tmp_path / "w8a8")
+    loaded = tcaq.load(tmp_path / "w8a8")
+    assert {find_denoiser(loaded)[1].dtype, loaded.vae.dtype} == {dtype}
+    assert torch.equal(images_of(name, loaded), images_of(name, made))
+    assert f"torch_dtype={dtype}" in (tmp_path / "w8a8" / "README.md").read_text()
+    conditions = resolve_conditions(loaded, conditions_of(name))
+    original = load_pipeline(str(tmp_path / "float"))
+    _, trajectories = record(original, SEEDS, 2, conditions)
+    expected, actual = (predict(find_denoiser(pipe)[1], trajectories).float() for pipe in (original, loaded))
+    assert float((actual - expected).square().mean() / expected.square().mean()) < 0.05
