@@ -109,3 +109,20 @@ def test_a_pipeline_in_half_precision_stays_in_it(name, dtype, tmp_path):
     _, trajectories = record(original, SEEDS, 2, conditions)
     expected, actual = (predict(find_denoiser(pipe)[1], trajectories).float() for pipe in (original, loaded))
     assert float((actual - expected).square().mean() / expected.square().mean()) < 0.05
+
+
+RELATED = ("minmax", "ptq4dm", "qdiffusion", "ptqd", "apqdm")
+
+
+@pytest.mark.parametrize("program", RELATED)
+def test_the_related_recipes_run_on_a_guided_transformer(program):
+    name = "flux-guided"
+    few = {"reconstruction": {"iterations": 2, "inputs": 4, "batch": 2}} if program in ("qdiffusion", "ptqd") else {}
+    few |= {"grouping": {"iterations": 2, "inputs": 4, "batch": 2, "groups": 2}} if program == "apqdm" else {}
+    pipe = pipeline_of(name)
+    conditions = resolve_conditions(pipe, conditions_of(name))
+    _, trajectories = record(pipe, SEEDS, 2, conditions)
+    expected = predict(find_denoiser(pipe)[1], trajectories)
+    made = tcaq.quantize(pipe, recipe(name, program, weights=8, activations=8, **few))
+    actual = predict(find_denoiser(made)[1], trajectories)
+    assert float((actual - expected).square().mean() / expected.square().mean()) < 0.05
