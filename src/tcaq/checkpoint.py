@@ -115,7 +115,10 @@ def load(folder: Path | str, dtype: torch.dtype | None = None) -> DiffusionPipel
     register()
     folder = Path(folder)
     verify(folder)
-    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    recorded = describe(folder)[1].torch_dtype
+    # the parts around a denoiser in half precision must be in it, too
+    asked = dtype or (recorded if recorded != torch.float32 else None)
+    options: dict[str, Any] = {} if asked is None else {"dtype": asked}
     try:
         return cast(DiffusionPipeline, DiffusionPipeline.from_pretrained(folder, local_files_only=True, **options))
     except TcaqError:

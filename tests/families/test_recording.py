@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from tcaq.errors import ModelError, UsageError
 from tcaq.models.conditioning import Argument, Conditioning, same
@@ -14,11 +15,11 @@ from tcaq.models.denoiser import find_denoiser
 from tcaq.models.inputs import Inputs
 from tcaq.models.prompting import resolve_conditions
 from tcaq.models.sampler import record, sample
-from tcaq.models.trajectories import Trajectories, predict
+from tcaq.models.trajectories import Trajectories, predict, recording
 from tcaq.stages.collect import collect, trajectories_of
 from tcaq.stages.reconstruct import draw_inputs
 
-from .tiny import FAMILIES, conditions_of, pipeline_of
+from .tiny import FAMILIES, conditional_unet, conditions_of, pipeline_of
 
 EVERY = pytest.mark.parametrize("name", FAMILIES)
 SEEDS = (1, 2, 3)
@@ -154,3 +155,40 @@ def test_a_condition_that_the_pipeline_has_no_argument_for_is_refused(name, aske
     pipe = pipeline_of(name)
     with pytest.raises(UsageError, match=says):
         resolve_conditions(pipe, type(conditions_of("sd"))(**asked))
+
+
+def pipeline_with(call):
+    """A pipeline whose call has a signature."""
+    kind = type(
+        "OwnPipeline",
+        (DiffusionPipeline,),
+        {"__call__": call, "__init__": lambda self: DiffusionPipeline.__init__(self)},
+    )
+    return kind()
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda self, prompt, image=None: None, r"OwnPipeline starts from a picture \(image\)"),
+        (lambda self, prompt, num_frames=16: None, "OwnPipeline makes videos"),
+        (lambda self, prompt=None, audio_length_in_s=5.0: None, "OwnPipeline makes sound"),
+        (lambda self, image_embeds, height=64: None, "OwnPipeline must be given image_embeds"),
+    ],
+)
+def test_what_is_out_of_scope_is_refused_with_the_reason(call, says):
+    with pytest.raises(ModelError, match=says):
+        resolve_conditions(pipeline_with(call))
+
+
+def test_two_denoisers_are_refused():
+    pipe = pipeline_of("sd")
+    pipe.transformer_2 = conditional_unet()
+    with pytest.raises(ModelError, match=r"StableDiffusionPipeline has several denoisers \(unet, transformer_2\)"):
+        find_denoiser(pipe)
+
+
+def test_a_call_with_other_rows_than_images_is_refused():
+    pipe = pipeline_of("ldm-kl")
+    with recording(pipe.unet, 2), pytest.raises(ModelError, match="3 rows for 2 images"):
+        pipe.unet(torch.zeros(3, 4, 8, 8), torch.tensor(5))

@@ -52,12 +52,13 @@ def card(pipe: DiffusionPipeline, config: TcaqConfig, source: str, known: dict[s
         pipeline_tag="text-to-image" if text else "unconditional-image-generation",
         **{field: known[field] for field in CARRIED if field in known},
     )  # fmt: skip
+    half = "" if config.dtype == "float32" else f", torch_dtype=torch.{config.dtype}"
     lines = [
         "---", data.to_yaml(), "---", "", f"# {type(pipe).__name__}, quantized", "",
         f"Made with tcaq from {base or 'a local model'}: recipe `{recipe.get('program', '?')}`, weights "
         f"{recipe.get('weights', '?')} bits, activations {recipe.get('activations', '?')} bits.", "",
         "```python", "import tcaq  # teaches diffusers to read it", f"from diffusers import {type(pipe).__name__}", "",
-        f'pipe = {type(pipe).__name__}.from_pretrained("this-repository")', "```", "",
+        f'pipe = {type(pipe).__name__}.from_pretrained("this-repository"{half})', "```", "",
         "## What is quantized", "", "| layers | kind | weight | inputs |", "|---|---|---|---|", *plan_rows(config), "",
         "## Calibration", "", *calibration_rows(config, calibration), "",
     ]  # fmt: skip

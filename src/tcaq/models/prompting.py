@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -18,6 +18,7 @@ FIELDS = {
 }  # fmt: skip
 """The argument of a pipeline's call that each field sets."""
 PICTURES = ("image", "mask_image", "control_image", "source_image")
+OTHERS = {"num_frames": "videos", "video_length": "videos", "audio_length_in_s": "sound", "audio_end_in_s": "sound"}
 CLASSES = 16
 """How many classes are sampled where none are asked for, evenly over all there are."""
 
@@ -25,7 +26,7 @@ CLASSES = 16
 def resolve_conditions(pipe: DiffusionPipeline, asked: Conditions | None = None) -> Conditions | None:
     """What the pipeline will be asked for, with every default written out; None if it takes no conditions.
 
-    Raises: UsageError naming each field that the pipeline has no argument for; ModelError if it needs an input image.
+    Raises: UsageError naming each field that the pipeline has no argument for; ModelError if it is out of scope.
     """
     takes = inspect.signature(pipe.__call__).parameters
     given = {} if asked is None else asked.model_dump(exclude_defaults=True)
@@ -33,11 +34,7 @@ def resolve_conditions(pipe: DiffusionPipeline, asked: Conditions | None = None)
         raise UsageError(
             f"{type(pipe).__name__} takes no {', '.join(FIELDS[name] for name in wrong)}: leave out {', '.join(wrong)}"
         )
-    if pictures := [name for name in PICTURES if name in takes]:
-        raise ModelError(
-            f"{type(pipe).__name__} starts from a picture ({', '.join(pictures)}), which calibration has none of; quantize the "
-            "text-to-image pipeline of the same denoiser"
-        )
+    _check_scope(type(pipe).__name__, takes)
     if not any(name in takes for name in FIELDS.values()):
         return None
     defaults: dict[str, Any] = {}
@@ -48,6 +45,20 @@ def resolve_conditions(pipe: DiffusionPipeline, asked: Conditions | None = None)
     if isinstance(scale := takes["guidance_scale"].default if "guidance_scale" in takes else None, int | float):
         defaults["guidance"] = float(scale)
     return Conditions(**(defaults | given))
+
+
+def _check_scope(name: str, takes: Mapping[str, inspect.Parameter]) -> None:
+    """Raises: ModelError saying why a pipeline with such a call cannot be calibrated."""
+    if pictures := [argument for argument in PICTURES if argument in takes]:
+        raise ModelError(
+            f"{name} starts from a picture ({', '.join(pictures)}), which calibration has none of; quantize the "
+            "text-to-image pipeline of the same denoiser"
+        )
+    if others := [what for argument, what in OTHERS.items() if argument in takes]:
+        raise ModelError(f"{name} makes {others[0]}; only pipelines that make images are supported")
+    needed = [p.name for p in takes.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if unknown := [argument for argument in needed if argument not in FIELDS.values()]:
+        raise ModelError(f"{name} must be given {', '.join(unknown)}, which calibration has none of")
 
 
 def _labels(pipe: DiffusionPipeline) -> tuple[int, ...]:

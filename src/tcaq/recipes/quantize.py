@@ -53,6 +53,12 @@ def with_conditions(pipe: DiffusionPipeline, recipe: Recipe) -> Recipe:
     return recipe if conditions is None else recipe.model_copy(update={"calibration": calibration})
 
 
+def dtype_of(denoiser: nn.Module) -> str:
+    """The name of the dtype that a denoiser computes in: its parameters'."""
+    found = next((p.dtype for p in denoiser.parameters() if p.is_floating_point()), torch.float32)
+    return str(found).removeprefix("torch.")
+
+
 def quantize(
     pipe: DiffusionPipeline,
     recipe: Recipe | None = None,
@@ -81,7 +87,9 @@ def quantize(
         with Run.open(folder, who, on_progress) as run:
             job = Job(pipe, recipe, table, run, judge, share)
             program(job)
-        config = TcaqConfig(plan=table, groups=job.groups, recipe=recipe.model_dump(mode="json"))
+        config = TcaqConfig(
+            plan=table, groups=job.groups, recipe=recipe.model_dump(mode="json"), dtype=dtype_of(job.denoiser)
+        )
         config.bypass = bypass_of(job.denoiser) is not None
         if (correction := correction_of(job.denoiser)) is not None:
             config.correction = correction.bias.shape[1]

@@ -109,6 +109,8 @@ class Reconstructor:
     def _teaching(self, unit: Unit) -> Teaching:
         float_inputs = self.replay.inputs(unit, Mode.FLOAT).cast(torch.float32)
         inputs = self.replay.inputs(unit, Mode.FAKE).cast(torch.float32)
+        # texts and embeddings reach both streams unchanged: they are kept once
+        inputs = inputs.zip(float_inputs, lambda fake, exact: exact if torch.equal(fake, exact) else fake)
         with precise(unit.module), running(unit.module, Mode.FLOAT), torch.no_grad():
             rows = torch.arange(len(self.timesteps)).split(self.how.spec.batch)
             parts = [rows_of(float_inputs, part)(unit.module) for part in rows]
