@@ -74,6 +74,14 @@ def measure_lowering(reason: str):
     return Lowering((LayerExecution("conv_in", "fake", reason),))
 
 
+def test_the_float_model_in_another_runtime_is_the_float_model(bout):
+    pytest.importorskip("onnxruntime")
+    row = benchmark(bout, ["onnx-fp32"], SETTINGS, lambda _: None).rows[1]
+    assert row.problem is None
+    assert row.psnr > 60
+    assert row.size == (bout.work / "onnx-fp32.onnx").stat().st_size
+
+
 def test_unknown_names_are_refused(bout):
     with pytest.raises(UsageError, match=r"unknown contenders: tensorrt; known: fp32, fp32-compiled"):
         benchmark(bout, ["tensorrt"], SETTINGS, lambda _: None)

@@ -83,8 +83,8 @@ def test_each_kind_of_layer_equals_its_fake_one(form, plain, bits, tmp_path) -> 
         assert off.double().mean() < 0.02  # where a quotient lies on the edge between two codes
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 16, 16), (3, 1, 24, 16)], ids=str)
-@pytest.mark.parametrize("when", [10.0, 500.0, torch.tensor(999)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 1, 24, 16)], ids=str)
+@pytest.mark.parametrize("when", [500.0, torch.tensor(10)], ids=str)
 def test_predictions_are_those_of_the_fake_model_at_any_size(folder, form, pipe, shape, when) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():

@@ -85,6 +85,7 @@ def benchmark(bout: Bout, names: Sequence[str], settings: Settings, note: Callab
     Raises: UsageError naming contenders that are not known.
     """
     check_names(names)
+    bout.work.mkdir(parents=True, exist_ok=True)
     found = {}
     for name in dict.fromkeys((FLOAT, *names)):
         note(f"building {name}")

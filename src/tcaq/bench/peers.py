@@ -21,6 +21,8 @@ from tcaq.models.sampler import Trajectories
 Calibration = Callable[[], Trajectories]
 Peer = Callable[[DiffusionPipeline, Path, Calibration], "tuple[DiffusionPipeline, int | None]"]
 BENCH = "bench"
+SINUSOIDS = "time_proj"
+"""Part of the names of what makes sines of the timestep: with timesteps in bytes no model would know its step."""
 
 
 class FloatTraceable(nn.Module):
@@ -70,9 +72,10 @@ def onnx_static(pipe: DiffusionPipeline, work: Path, calibration: Calibration) -
                 """The next inputs."""
                 return next(self.pairs, None)
 
+        nodes = _import("onnx").load(source, load_external_data=False).graph.node
         quantize_static(
             source, path, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
+            weight_type=QuantType.QInt8, nodes_to_exclude=[node.name for node in nodes if SINUSOIDS in node.name],
         )  # fmt: skip
     return _exported(pipe, onnx_export.open_onnx(path), path), path.stat().st_size
 
@@ -91,7 +94,10 @@ def nncf(pipe: DiffusionPipeline, work: Path, calibration: Calibration) -> tuple
         import openvino
 
         data = [(x.numpy(), t.reshape(1).float().numpy()) for x, t in _pairs(calibration())]
-        model = tool.quantize(openvino.Core().read_model(source), tool.Dataset(data), subset_size=len(data))
+        float_ = tool.IgnoredScope(patterns=[f".*{SINUSOIDS}.*"], validate=False)
+        model = tool.quantize(
+            openvino.Core().read_model(source), tool.Dataset(data), subset_size=len(data), ignored_scope=float_
+        )
         openvino.save_model(model, path, compress_to_fp16=False)
     return _exported(pipe, openvino_export.open_openvino(path), path), path.with_suffix(".bin").stat().st_size
 

@@ -42,9 +42,7 @@ def bench_command(
     names = list(CONTENDERS) if against == "all" else [name.strip() for name in against.split(",")]
     settings = Settings(batches=_numbers(batches), size=size, repeat=repeat, steps=steps, images=images, memory=memory)
     with TemporaryDirectory(prefix="tcaq-bench-") as temporary:
-        place = work or Path(temporary)
-        place.mkdir(parents=True, exist_ok=True)
-        bout = Bout(folder, reference, place, lambda: open_float(reference))
+        bout = Bout(folder, reference, work or Path(temporary), lambda: open_float(reference))
         result = benchmark(bout, names, settings, lambda text: notes.print(text, highlight=False))
     if as_json is not None:
         write_json(as_json, result.model_dump(mode="json"))

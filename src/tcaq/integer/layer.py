@@ -147,5 +147,5 @@ def _places(rows: Sequence[int]) -> list[int]:
 def _fingerprint(*tensors: Tensor | None) -> Tensor:
     digest = sha256()
     for tensor in tensors:
-        digest.update(b"none" if tensor is None else tensor.detach().cpu().float().numpy().tobytes())
+        digest.update(b"none" if tensor is None else tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
