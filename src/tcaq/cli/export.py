@@ -35,7 +35,7 @@ def export_command(
         ),
     ] = False,
 ) -> None:
-    """Write the quantized pipeline for another runtime, in integers; `sample`, `evaluate` and `bench` take the result."""
+    """Write the quantized pipeline for another runtime, in integers; `sample` and `evaluate` take the result."""
     write, read = EXPORTS[form]
     pipe = open_quantized(folder)
     write(pipe, output, vnni)
