@@ -37,7 +37,7 @@ def form(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def pipe(tiny_pipeline, quantized_tiny):
-    return quantized_tiny(tiny_pipeline())
+    return quantized_tiny(tiny_pipeline(channels=(8, 16)))
 
 
 @pytest.fixture(scope="module")
