@@ -48,11 +48,12 @@ def measure_bypass(denoiser: nn.Module, trajectories: Trajectories, spec: Bypass
 
 def planted(samples: Tensor, reach: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """x_t clipped to `reach`, [steps], with a share of its elements at the edge; and the same, those moved up to as far again."""
-    limit = reach.reshape(-1, *[1] * (samples.dim() - 1)).expand_as(samples)
+    limit = reach.to(samples.dtype).reshape(-1, *[1] * (samples.dim() - 1)).expand_as(samples)
     chosen = torch.rand(samples.shape, generator=generator) < share
     sign = torch.randint(0, 2, samples.shape, generator=generator) * 2.0 - 1.0
-    edge = torch.where(chosen, limit * sign, samples.clamp(-limit, limit))
-    return edge, torch.where(chosen, edge * (1 + torch.rand(samples.shape, generator=generator)), edge)
+    further = 1 + torch.rand(samples.shape, generator=generator).to(samples.dtype)
+    edge = torch.where(chosen, limit * sign.to(samples.dtype), samples.clamp(-limit, limit))
+    return edge, torch.where(chosen, edge * further, edge)
 
 
 def by_group(values: Tensor, rows: Rows) -> Tensor:
