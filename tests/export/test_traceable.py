@@ -10,6 +10,7 @@ from tcaq.errors import ModelError
 from tcaq.export.openvino import OpenVinoDialect
 from tcaq.export.standin import ProbabilityStandIn, Steps
 from tcaq.export.traceable import Traceable, stand_in
+from tcaq.models.bypass import attach_bypass
 from tcaq.models.correction import attach_correction
 from tcaq.quantizers.clock import StepClock
 from tcaq.quantizers.probability import ProbabilityQuantizer
@@ -75,6 +76,20 @@ def test_a_denoiser_predicts_what_the_fake_one_does(tiny_pipeline, quantized_tin
         assert difference.median() < 0.1  # codes that tip over; another step group's correction alone would be 0.5
         assert difference.max() < 0.3
     assert all(torch.equal(before[name], tensor) for name, tensor in unet.state_dict().items())
+
+
+@torch.no_grad()
+def test_what_goes_around_the_denoiser_is_traced(tiny_pipeline, quantized_tiny) -> None:
+    unet = quantized_tiny(tiny_pipeline(), weights=8).unet
+    bypass, limit, gain = attach_bypass(unet), torch.full((3,), 0.5), torch.tensor([1.0, 2.0, 3.0])
+    bypass.set_rows(-limit, limit, gain)
+    whole = Traceable(unet, OpenVinoDialect())
+    bypass.gain.zero_()
+    inner = Traceable(unet, OpenVinoDialect())
+    x = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    for group, time in enumerate((10.0, 500.0, 900.0)):
+        around = whole(x, torch.tensor([time])) - inner(x, torch.tensor([time]))
+        torch.testing.assert_close(around, gain[group] * (x - x.clamp(-0.5, 0.5)), rtol=1e-4, atol=1e-4)
 
 
 def test_what_cannot_be_exported_is_listed(tiny_pipeline, quantized_tiny) -> None:

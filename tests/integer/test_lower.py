@@ -16,6 +16,7 @@ from tcaq.integer.lower import BACKENDS
 from tcaq.layers.insert import quantized_layers
 from tcaq.layers.product import QuantizedProduct
 from tcaq.layers.weighted import QuantizedWeight
+from tcaq.models.bypass import attach_bypass
 from tcaq.models.correction import attach_correction
 from tcaq.models.load import weights_hash
 from tcaq.models.sampler import sample
@@ -101,6 +102,17 @@ def test_the_noise_correction_stays_in_force(make):
     corrected = output(pipe.unet)
     pipe.unet.noise_correction.set_rows(torch.zeros(3), torch.zeros(3, 1))
     torch.testing.assert_close(output(pipe.unet), corrected * 1.5)
+
+
+def test_the_bypass_stays_in_force(make):
+    pipe = make(weights=8)
+    bypass, limit = attach_bypass(pipe.unet), torch.full((3,), 0.5)
+    bypass.set_rows(-limit, limit, torch.tensor([1.0, 2.0, 3.0]))
+    tcaq.lower(pipe)
+    whole = output(pipe.unet)  # t = 500 is in the middle one of three groups
+    bypass.gain.zero_()
+    x = torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(whole - output(pipe.unet), 2 * (x - x.clamp(-0.5, 0.5)), rtol=1e-4, atol=1e-4)
 
 
 def test_no_copy_of_a_weight_stays_but_the_packed_one(make):
