@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: venv demo test lint bench clean
+.PHONY: venv demo test lint bench compare clean
 
 venv: $(READY)
 
@@ -24,11 +24,19 @@ lint: venv
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# A process for each core, with a thread each: small models gain nothing from more threads.
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
+# Hours on two cores; both can be stopped and go on. COMPARE takes other options: make compare COMPARE='--preset quick --num 500'
 bench: venv
 	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/page.py
+
+compare: venv
+	$(BIN)/tcaq compare reference --output build/compare $(COMPARE)
+	cp build/compare/compare.json benchmarks/results/compare.json
+	$(BIN)/python benchmarks/page.py
 
 clean:
 	rm -rf $(VENV) demo dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

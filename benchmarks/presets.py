@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from machine import machine
-from quality import ROOT, tcaq
+from page import ROOT
+from quality import tcaq
 
 from tcaq.recipes.presets import Preset
 from tcaq.records import read_json, write_json

@@ -79,6 +79,25 @@ def test_plan_prints_the_table_without_running(folders):
     assert "conv_in" in invoke("plan", root / "float").stdout
 
 
+def test_plan_names_the_widths_that_a_step_may_have(folders):
+    root, _ = folders
+    result = invoke("plan", root / "float", "--step-bits", "8,3", "--json")
+    rows = {row["name"]: row for row in json.loads(result.stdout)["layers"]}
+    assert rows["mid_block.resnets.0.conv1"]["inputs"][0] == {
+        "bits": 3, "wider": [8], "code": "affine", "signed": False, "symmetric": False
+    }  # fmt: skip
+    assert "wider" not in rows["conv_in"]["inputs"][0]
+    for given, message in (
+        ("4,x", "give whole numbers from 2 to 8"),
+        ("4", "at least 2 items"),
+        ("4,4", "ascend strictly"),
+    ):
+        assert message in " ".join(invoke("plan", root / "float", "--step-bits", given).stderr.split())
+    both = invoke("plan", root / "float", "--step-bits", "4,8", "--activations", 8)
+    assert both.exit_code == 2
+    assert "activations has 8 bits" in " ".join(both.stderr.split())
+
+
 def test_plan_file_replaces_the_rules(folders, tmp_path):
     root, _ = folders
     rules = [
@@ -105,6 +124,30 @@ def test_sample_writes_the_images_of_the_seeds(folders, tmp_path):
     assert len(list((tmp_path / "s").iterdir())) == 3
     assert invoke("sample", root / "w4a4", "--num", 4, "--steps", 2, "--output", tmp_path / "grid.png").exit_code == 0
     assert pixels(tmp_path / "grid.png").shape[0] >= 32
+
+
+def test_report_shows_both_schedulers(folders, tmp_path):
+    root, _ = folders
+    options = ["--reference", root / "float", "--num", 2, "--steps", 3, "--features", "tests.cli.test_verbs:Pixels"]
+    page, work = tmp_path / "page.html", tmp_path / "work"
+    more = ["--schedulers", "DPMSolverMultistepScheduler", "--output", page, "--work", work]
+    result = invoke("report", root / "w4a4", *options, *more)
+    assert result.exit_code == 0, result.output
+    text = page.read_text()
+    assert "DDIMScheduler, 3 steps" in text
+    assert "DPMSolverMultistepScheduler, 3 steps" in text
+    assert len(list(work.iterdir())) == 4, "two models under two schedulers"
+    assert invoke("report", root / "float", *options).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("EulerDiscreteScheduler", "needs scaled inputs"), ("PNDMScheduler", "takes no generator")]
+)
+def test_what_unconditional_pipelines_cannot_drive_is_refused(folders, tmp_path, name, why):
+    root, _ = folders
+    result = invoke("sample", root / "w4a4", "--scheduler", name, "--output", tmp_path / "x.png")
+    assert result.exit_code == 2
+    assert why in " ".join(result.output.split())
 
 
 def test_integer_execution_says_what_runs_how_and_samples_nearly_the_same_images(folders, tmp_path):
@@ -153,7 +196,18 @@ def test_evaluate_writes_every_key_and_resumes(folders, tmp_path, monkeypatch):
     result = invoke(*args)
     assert result.exit_code == 0, result.output
     scores = json.loads((tmp_path / "out.json").read_text())
-    assert set(scores) == {"float", "quantized", "paired", "ratio", "num", "seed", "features", "versions"}
+    assert set(scores) == {
+        "float",
+        "quantized",
+        "paired",
+        "ratio",
+        "num",
+        "steps",
+        "scheduler",
+        "seed",
+        "features",
+        "versions",
+    }
     assert set(scores["paired"]) == {"psnr", "ssim", "sqnr_per_step", "fd_to_float"}
     assert scores["ratio"]["fd"] == pytest.approx(scores["quantized"]["fd"] / scores["float"]["fd"])
     assert [row["timestep"] for row in scores["paired"]["sqnr_per_step"]] == [500, 0]
@@ -173,6 +227,7 @@ def test_evaluate_writes_every_key_and_resumes(folders, tmp_path, monkeypatch):
         ),
         (["quantize", "reference", "--output", "o", "--weights", "9"], 2, "weights"),
         (["quantize", "reference", "--output", "o", "--step-groups", "many"], 2, "--step-groups 'many'"),
+        (["quantize", "reference", "--output", "o", "--weight-rounding", "up"], 2, "weight-rounding"),
         (["quantize", "reference", "--output", "o", "--preset", "fast", "--rounds", "2"], 2, "nothing to align"),
         (["quantize", "reference", "--output", "o", "--plan", "absent.json"], 2, "absent.json"),
         (["quantize", "no/such-model-anywhere", "--output", "o"], 1, "no/such-model-anywhere"),

@@ -12,6 +12,8 @@ from tcaq.errors import UsageError
 from tcaq.evaluate import Evaluation, FeatureExtractor, RealStatistics, Sampled, score
 from tcaq.evaluate.metrics import Moments, frechet_distance, kernel_distance, psnr, sqnr_per_step, ssim
 
+HOW = {"steps": 20, "scheduler": "DDIMScheduler", "seed": 4}
+
 
 class Halves(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
@@ -37,7 +39,7 @@ FLOAT, QUANTIZED = sampled(0, 256), sampled(1, 200)
 
 def test_every_number_is_that_of_its_metric(real: RealStatistics) -> None:
     extractor = FeatureExtractor("halves", Halves(), num_features=2, statistics=real)
-    result = score(FLOAT, QUANTIZED, extractor, seed=4, batch_size=5)
+    result = score(FLOAT, QUANTIZED, extractor, **HOW, batch_size=5)
     moments = [Moments.of(Halves()(s.images)) for s in (FLOAT, QUANTIZED)]
     for given, of, sample in zip((result.float, result.quantized), moments, (FLOAT, QUANTIZED), strict=True):
         assert given.fd == pytest.approx(frechet_distance(of.mean, of.covariance, real.mean, real.covariance), rel=1e-6)
@@ -58,10 +60,21 @@ def test_every_number_is_that_of_its_metric(real: RealStatistics) -> None:
 
 
 def test_json_has_the_documented_keys_and_comes_back(real: RealStatistics) -> None:
-    result = score(FLOAT, QUANTIZED, FeatureExtractor("halves", Halves(), 2), seed=4, real=real)
+    result = score(FLOAT, QUANTIZED, FeatureExtractor("halves", Halves(), 2), **HOW, real=real)
     text = result.model_dump_json()
     data = json.loads(text)
-    assert set(data) == {"float", "quantized", "paired", "ratio", "num", "seed", "features", "versions"}
+    assert set(data) == {
+        "float",
+        "quantized",
+        "paired",
+        "ratio",
+        "num",
+        "steps",
+        "scheduler",
+        "seed",
+        "features",
+        "versions",
+    }
     assert set(data["float"]) == set(data["quantized"]) == {"fd", "kid", "seconds", "peak_memory"}
     assert set(data["paired"]) == {"psnr", "ssim", "sqnr_per_step", "fd_to_float"}
     assert set(data["paired"]["sqnr_per_step"][0]) == {"timestep", "sqnr"}
@@ -73,13 +86,13 @@ def test_json_has_the_documented_keys_and_comes_back(real: RealStatistics) -> No
 
 
 def test_without_real_data_the_paired_measures_remain() -> None:
-    result = score(FLOAT, QUANTIZED, FeatureExtractor("halves", Halves(), 2), seed=4)
+    result = score(FLOAT, QUANTIZED, FeatureExtractor("halves", Halves(), 2), **HOW)
     assert result.float.fd is result.quantized.kid is result.ratio.fd is None
     assert result.paired.fd_to_float > 0
 
 
 def test_a_model_against_itself_is_perfect(real: RealStatistics) -> None:
-    result = score(FLOAT, FLOAT, FeatureExtractor("halves", Halves(), 2), seed=4, real=real)
+    result = score(FLOAT, FLOAT, FeatureExtractor("halves", Halves(), 2), **HOW, real=real)
     assert result.ratio.fd == 1
     assert result.paired.fd_to_float == pytest.approx(0, abs=1e-9)
     assert result.paired.ssim == pytest.approx(1)
@@ -89,7 +102,7 @@ def test_a_model_against_itself_is_perfect(real: RealStatistics) -> None:
 
 def test_eps_may_be_left_out() -> None:
     bare = [replace(s, eps=None, timesteps=None) for s in (FLOAT, QUANTIZED)]
-    assert score(*bare, FeatureExtractor("halves", Halves(), 2), seed=4).paired.sqnr_per_step == ()
+    assert score(*bare, FeatureExtractor("halves", Halves(), 2), **HOW).paired.sqnr_per_step == ()
 
 
 @pytest.mark.parametrize(
@@ -102,4 +115,4 @@ def test_eps_may_be_left_out() -> None:
 )
 def test_samples_that_cannot_be_paired(quantized: Sampled, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        score(FLOAT, quantized, FeatureExtractor("halves", Halves(), 2), seed=4)
+        score(FLOAT, quantized, FeatureExtractor("halves", Halves(), 2), **HOW)

@@ -14,13 +14,17 @@ from torch import Tensor, nn
 import tcaq
 from tcaq.errors import CheckpointError, MissingExtraError, UsageError
 from tcaq.export import onnx, openvino
+from tcaq.export.example import Example
 from tcaq.export.folder import CARD
+from tcaq.export.interface import Input, Interface
 from tcaq.export.parity import parity
 from tcaq.export.standin import Steps
 from tcaq.export.traceable import stand_in
 from tcaq.models.sampler import sample
+from tcaq.recipes.quantize import quantize
 from tcaq.spec.grid import AffineGrid
-from tests.integer.test_layers import bound, quantized
+from tests.integer.test_layers import bound, quantized, spread_widths
+from tests.recipes.test_related import small
 
 FORMATS = ("onnx", "openvino")
 WRITE = {"onnx": tcaq.export_onnx, "openvino": tcaq.export_openvino}
@@ -64,16 +68,25 @@ def run_layer(form: str, layer: nn.Module, x: Tensor, path: Path):
     """Predictions of a layer in the other runtime, as a function of the timestep."""
     module = onnx if form == "onnx" else openvino
     dialect = onnx.OnnxDialect() if form == "onnx" else openvino.OpenVinoDialect()
-    module.write_traced(OneLayer(layer, dialect).eval(), (x, torch.zeros(1)), path)
+    free = {0: "batch"} | ({2: "height", 3: "width"} if x.dim() == 4 else {})
+    interface = Interface(("sample", "timestep"), (Input("sample", "float32", free), Input("timestep", "float32", {})))
+    module.write_traced(OneLayer(layer, dialect).eval(), Example(interface, (x, torch.zeros(1))), path)
     predict = module.open_onnx(path) if form == "onnx" else module.open_openvino(path)
     return lambda time: torch.from_numpy(predict(x.numpy(), np.array([time], dtype=np.float32)))
 
 
-@pytest.mark.parametrize("bits", [(4, 4), (8, 8)], ids=str)
+MIXED = AffineGrid(bits=3, wider=(8,))
+
+
+@pytest.mark.parametrize(
+    ("weight", "inputs"), [(4, AffineGrid(bits=4)), (8, AffineGrid(bits=8)), (4, MIXED)], ids=["4-4", "8-8", "mixed"]
+)
 @pytest.mark.parametrize("plain", [nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.Linear(6, 8)], ids=["conv", "linear"])
-def test_each_kind_of_layer_equals_its_fake_one(form, plain, bits, tmp_path) -> None:
+def test_each_kind_of_layer_equals_its_fake_one(form, plain, weight, inputs, tmp_path) -> None:
     torch.manual_seed(0)
-    layer = quantized(plain, AffineGrid(bits=bits[0]), AffineGrid(bits=bits[1]))
+    layer = quantized(plain, AffineGrid(bits=weight), inputs)
+    if inputs.wider:
+        spread_widths(layer, inputs)
     x = torch.randn(3, 6, 9, 10) if isinstance(plain, nn.Conv2d) else torch.randn(3, 5, 6, 6)
     found = run_layer(form, layer, x, tmp_path / {"onnx": "layer.onnx", "openvino": "layer.xml"}[form])
     for time in (10.0, 900.0):
@@ -81,6 +94,19 @@ def test_each_kind_of_layer_equals_its_fake_one(form, plain, bits, tmp_path) -> 
         with torch.no_grad():
             off = (found(time) - layer(x)).abs() > bound(layer, x) * 10
         assert off.double().mean() < 0.02  # where a quotient lies on the edge between two codes
+
+
+@torch.no_grad()
+def test_a_model_whose_widths_change_by_step_predicts_as_in_pytorch(form, tiny_pipeline, tmp_path) -> None:
+    recipe = small("minmax", step_groups="per-step", mixed={"bits": [4, 8]})
+    pipe = quantize(tiny_pipeline(channels=(8, 16)), recipe)
+    assert set(pipe.unet.config.quantization_config.step_bits) == {4, 8}
+    WRITE[form](pipe, tmp_path / "exported")
+    exported, x = READ[form](tmp_path / "exported"), torch.randn(3, 1, 16, 16)
+    for when in (0.0, 999.0):  # the widest and the narrowest
+        expected, found = (p.unet(x, when).sample for p in (pipe, exported))
+        assert (found - expected).abs().median() <= 0.05 * expected.std()
+        assert (found - expected).square().mean() <= 0.05 * expected.var()
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 24, 16)], ids=str)

@@ -8,15 +8,16 @@ from torch import nn
 
 from tcaq.errors import ModelError
 from tcaq.export.openvino import OpenVinoDialect
-from tcaq.export.standin import ProbabilityStandIn, Steps
+from tcaq.export.standin import ProbabilityStandIn, Steps, probability_stand_in
 from tcaq.export.traceable import Traceable, stand_in
 from tcaq.models.bypass import attach_bypass
 from tcaq.models.correction import attach_correction
 from tcaq.quantizers.clock import StepClock
+from tcaq.quantizers.mixed import probability_quantizer, set_widths
 from tcaq.quantizers.probability import ProbabilityQuantizer
 from tcaq.spec.grid import AdaptiveGrid, AffineGrid
 from tcaq.spec.steps import StepGroups
-from tests.integer.test_layers import bound, quantized
+from tests.integer.test_layers import bound, quantized, spread_widths
 
 TIMES = (0.0, 333.0, 334.0, 600.0, 999.0)
 
@@ -47,6 +48,40 @@ def test_a_layer_equals_its_fake_one(plain: nn.Module, bits: tuple[int, int], vn
         ).all()  # the zero point's share cancels in float, not before
     largest = 2 * (2 ** bits[1] - 1) * int(traced.weight.abs().max())
     assert vnni or largest < 2**15  # what processors without VNNI add exactly
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("plain", [nn.Conv2d(6, 8, 3, padding=1), nn.Linear(6, 8)], ids=str)
+@pytest.mark.parametrize("signed", [False, True])
+def test_rows_of_different_widths_equal_their_fake_ones(plain: nn.Module, signed: bool) -> None:
+    torch.manual_seed(0)
+    inputs = AffineGrid(bits=3, wider=(8,), signed=signed)
+    layer = quantized(plain, AffineGrid(bits=4), inputs)
+    spread_widths(layer, inputs)
+    steps = Steps(layer.input_quantizer.clock.boundaries)
+    traced = stand_in(layer, OpenVinoDialect(), steps)
+    x = torch.randn(3, 6, 9, 10) if isinstance(plain, nn.Conv2d) else torch.randn(3, 5, 6)
+    for time in (10.0, 900.0):
+        layer.input_quantizer.clock.set(time)
+        steps.set(torch.tensor([time]))
+        assert ((traced(x) - layer(x)).abs() <= bound(layer, x) * 10).all()
+
+
+@torch.no_grad()
+def test_probabilities_of_different_widths_fall_on_the_same_grid() -> None:
+    draw = torch.Generator().manual_seed(0)
+    for chosen in ((True, False), (True, True), (False, False)):
+        grid = AdaptiveGrid(bits=4, wider=(8,), per_octave=2)
+        quantizer = probability_quantizer(grid, StepClock(StepGroups(boundaries=(500.0,))))
+        set_widths(quantizer, torch.tensor([8, 4]))
+        quantizer.set_rows(torch.tensor([0.004, 0.06]), torch.tensor([0.9, 0.7]), torch.tensor(chosen))
+        traced = probability_stand_in(quantizer, Steps(quantizer.clock.boundaries))
+        p = torch.rand(2, 3, 8, 8, generator=draw) ** 4
+        p[0, 0, 0, 0] = 0.0
+        for time in (0.0, 900.0):
+            quantizer.clock.set(time)
+            traced.steps[0].set(torch.tensor([time]))
+            torch.testing.assert_close(traced(p), quantizer(p), rtol=1e-6, atol=1e-7)
 
 
 @torch.no_grad()
@@ -100,5 +135,5 @@ def test_what_cannot_be_exported_is_listed(tiny_pipeline, quantized_tiny) -> Non
     unet.conv_out.groups = 2
     with pytest.raises(ModelError, match=r"conv_in: padding \(1, 1\) with reflect.*conv_out: it has 2 groups"):
         Traceable(unet, OpenVinoDialect())
-    with pytest.raises(ModelError, match="Linear cannot be exported; known denoisers: UNet2DModel"):
+    with pytest.raises(ModelError, match="not quantized"):
         Traceable(nn.Linear(2, 2), OpenVinoDialect())

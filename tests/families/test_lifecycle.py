@@ -44,7 +44,7 @@ def recipe(name, program, **options):
 def images_of(name, pipe, other=None):
     """Images of this test's seeds, under another scheduler if one is given."""
     conditions = resolve_conditions(pipe, conditions_of(name))
-    use_scheduler(pipe, other)
+    pipe = use_scheduler(pipe, other)
     return sample(pipe, SEEDS, 4, conditions)
 
 
@@ -122,3 +122,16 @@ def test_the_related_recipes_run_on_a_guided_transformer(program):
     made = tcaq.quantize(pipe, recipe(name, program, weights=8, activations=8, **few))
     actual = predict(find_denoiser(made)[1], trajectories)
     assert float((actual - expected).square().mean() / expected.square().mean()) < 0.05
+
+
+@pytest.mark.parametrize("name", ["dit", "flux-guided"])
+def test_error_feedback_is_the_same_with_conditions_and_activations_on_disk(name, tmp_path):
+    made = []
+    for memory in (1.0, 1e-9):
+        spec = recipe(name, "mse", activations=8, gptq={"inputs": 4, "batch": 2}, memory=memory)
+        made.append(tcaq.quantize(pipeline_of(name), spec, tmp_path / f"{memory}"))
+    one, other = (find_denoiser(pipe)[1].state_dict() for pipe in made)
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+    records = [record for _, record in Run.read(tmp_path / "1e-09" / "run").results("round")]
+    errors = [error for record in records for error in record.meta["errors"].values()]
+    assert sum(error["gptq"] <= error["nearest"] for error in errors) > 0.8 * len(errors)

@@ -17,7 +17,7 @@ from tcaq.models.prompting import resolve_conditions
 from tcaq.models.sampler import record, sample
 from tcaq.models.trajectories import Trajectories, predict, recording
 from tcaq.stages.collect import collect, trajectories_of
-from tcaq.stages.reconstruct import draw_inputs
+from tcaq.stages.reconstruct import draw_inputs, draw_parts
 
 from .tiny import FAMILIES, conditional_unet, conditions_of, pipeline_of
 
@@ -114,6 +114,8 @@ def test_halves_of_unequal_length_are_kept_and_make_no_common_batch():
     assert trajectories.conditioning.arguments["text"].index.tolist() == [0, 1, 0, 1]
     with pytest.raises(UsageError, match="'text' in other shapes"):
         draw_inputs(trajectories, 8, 0)
+    short_half, long_half = (part[:] for part in draw_parts(trajectories, 8, 0))
+    assert [tuple(half.rows["text"].shape) for half in (short_half, long_half)] == [(4, 3, 4), (4, 5, 4)]
 
 
 def test_batches_in_which_halves_happen_to_be_equal_join():
@@ -134,6 +136,7 @@ def test_arguments_given_to_some_calls_only_and_plain_values():
     assert first.whole == second.whole == {"scale": 2.0}
     with pytest.raises(UsageError, match="'text' in other shapes, or not at all"):
         draw_inputs(trajectories, 4, 0)
+    assert [set(part[:].rows) for part in draw_parts(trajectories, 4, 0)] == [set(), {"text"}]
 
 
 def test_batches_that_disagree_about_rows_are_refused():

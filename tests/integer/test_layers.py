@@ -18,6 +18,7 @@ from tcaq.layers.linear import QuantizedLinear
 from tcaq.layers.modes import floating
 from tcaq.numerics.affine import qparams
 from tcaq.quantizers.clock import StepClock
+from tcaq.quantizers.mixed import set_widths
 from tcaq.spec.grid import AffineGrid
 from tcaq.spec.plan import LayerGrids
 from tcaq.spec.steps import StepGroups
@@ -100,6 +101,27 @@ def test_signed_and_symmetric_grids(weight: AffineGrid) -> None:
     torch.manual_seed(0)
     layer = quantized(nn.Conv2d(16, 8, 3, padding=1), weight, AffineGrid(bits=8, signed=True))
     check(layer, torch.randn(3, 16, 9, 9), CPU, TIMES["mixed"])
+
+
+@pytest.mark.parametrize("when", TIMES.values(), ids=TIMES.keys())
+@pytest.mark.parametrize(
+    "inputs", [AffineGrid(bits=3, wider=(8,)), AffineGrid(bits=3, wider=(8,), signed=True)], ids=str
+)
+@pytest.mark.parametrize("plain", [nn.Conv2d(6, 8, 3, padding=1), nn.Linear(9, 8)], ids=str)
+def test_rows_of_different_widths_equal_their_fake_ones(plain: nn.Module, inputs: AffineGrid, when: Tensor) -> None:
+    torch.manual_seed(0)
+    layer = quantized(plain, AffineGrid(bits=4), inputs)
+    spread_widths(layer, inputs)
+    x = torch.randn(3, 6, 9, 9)
+    check(layer, x, CPU, when)
+    check(layer, x, CUDA, when)
+
+
+def spread_widths(layer: QuantizedConv2d | QuantizedLinear, inputs: AffineGrid) -> None:
+    """8 bits below t = 500, 3 from there on, clipping at either end of both."""
+    set_widths(layer, torch.tensor([8, 3]))
+    low, high = layer.input_quantizer.limits
+    layer.input_quantizer.set_rows(3.0 / (high - low), low + torch.tensor([0.4, 0.6]).mul(high - low).round())
 
 
 def test_a_corrected_bias_is_carried_over() -> None:

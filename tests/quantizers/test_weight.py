@@ -80,6 +80,19 @@ def test_trusted_codes_survive_learning_that_changes_nothing(grid: AffineGrid, t
     assert torch.equal(quantizer.codes, before)
 
 
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_codes_beyond_the_neighbours_count_as_the_neighbour_on_their_side(grid: AffineGrid) -> None:
+    quantizer, weight, scale, zero = made(grid)
+    below = torch.floor(weight / scale) + zero
+    found = (below + torch.randint(-3, 5, weight.shape)).clamp(quantizer.low, quantizer.high)
+    quantizer.set_integers(found)
+    assert torch.equal(quantizer.integers().float(), found)
+    quantizer.begin_learning(weight, trust=0.8)
+    quantizer.end_learning(weight)
+    expected = found.maximum(below).minimum(below + 1).clamp(quantizer.low, quantizer.high)
+    assert torch.equal(quantizer.integers().float(), expected)
+
+
 @pytest.mark.parametrize("grid", [AffineGrid(bits=3), AffineGrid(bits=8, signed=True)], ids=str)
 def test_the_state_round_trips_strictly(grid: AffineGrid) -> None:
     quantizer, weight, _, _ = made(grid)

@@ -18,6 +18,7 @@ from tcaq.models.sampler import predict, record, sample
 from tcaq.models.seeds import image_seeds
 from tcaq.recipes.presets import preset_recipe
 from tcaq.recipes.quantize import quantize
+from tcaq.records import Record
 from tcaq.runs import Run
 from tcaq.spec.grid import AffineGrid
 from tcaq.spec.plan import Plan, Rule
@@ -46,6 +47,17 @@ def done(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("done") / "out"
     return quantize(build_pipeline(), small(), folder), folder
+
+
+def test_with_no_memory_to_speak_of_every_record_is_the_same(done, tiny_pipeline, tmp_path):
+    """Trajectories and activations on disk."""
+    quantize(tiny_pipeline(), small(memory=1e-9), tmp_path / "out")
+    runs = [Run.read(folder / "run") for folder in (done[1], tmp_path / "out")]
+    assert runs[0].finished() == runs[1].finished()
+    for name in runs[0].finished():
+        for (_, one), (_, other) in zip(*(run.results(name) for run in runs), strict=True):
+            assert Record(one.tensors).digest == Record(other.tensors).digest, name
+    assert not list((tmp_path / "out" / "run").glob(".trajectories-*"))
 
 
 def test_checkpoint_loads_through_diffusers_and_is_the_model_in_memory(done):

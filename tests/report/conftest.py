@@ -10,17 +10,21 @@ import pytest
 import torch
 
 from tcaq.records import Record, write_json
-from tcaq.report import Entry
+from tcaq.report import Entry, Trial
 from tcaq.runs import Run
 from tcaq.spec.grid import AdaptiveGrid, AffineGrid, Log2Grid
 from tcaq.spec.plan import LayerGrids, ResolvedPlan
 from tcaq.spec.recipe import Recipe
 
 CONV, LINEAR, MIX, FIXED = "down.<b>0</b>&conv$1$", "mid.linear", "mid.attn.mix", "up.attn.mix"
+SAMPLER = "DDIM <40>"
 TIMESTEPS = [900, 500, 100]
 R = [1.0, 2.0, 4.0, 1.0]
 LOW = [[-1.0, -2.0, 0.0, -0.5], [-1.0, -2.0, 0.0, -0.5], [-1.0, -2.0, 0.0, -0.5]]
 HIGH = [[0.5, 4.0, 8.0, 3.0], [0.5, 4.0, 16.0, 3.0], [0.5, 1.0, 8.0, 3.0]]
+WIDTHS = {"widths": [4, 8], "snr": "norms"}
+FORWARD, NARROW, WIDE = [0.01, 1.25, 99.0], [2.5, 1.0, 0.75], [30.0, 20.0, 10.0]
+STEP_BITS = [8, 8, 4]  # group 0 holds the last step of sampling
 LOSSES = {0: {"down<i>": (0.5, 0.125), "mid": (0.25, 0.0625)}, 1: {"down<i>": (0.375, 0.1), "mid": (0.2, 0.05)}}
 FD = [31.25, 33.5]
 SLOPE, BIAS = [-0.25, -0.125, 0.0625], [[0.6], [-0.3], [0.1]]  # group 0 holds the last step of sampling
@@ -68,6 +72,13 @@ def write_run(folder: Path, *, whole: bool, seed: int = 5) -> None:
     with Run.open(folder / "run", identity) as run:
         run.step("observe", lambda: Record(observed | {"timesteps": torch.tensor(TIMESTEPS)}), lambda r: r)
         if whole:
+            ratios = torch.tensor([NARROW, WIDE]).double()
+            tables = {
+                "timesteps": torch.tensor(TIMESTEPS),
+                "forward": torch.tensor(FORWARD, dtype=torch.float64),
+                "quantized": ratios,
+            }
+            run.step("widths", lambda: Record(tables | {"bits": torch.tensor(STEP_BITS)}, WIDTHS), lambda r: r)
             run.step("equalize", lambda: Record({CONV: torch.tensor(R)}), lambda r: r)
             run.step("select", lambda: Record({}, {"choices": CHOICES}), lambda r: r)
             for number, losses in LOSSES.items():
@@ -92,7 +103,8 @@ def evaluation(fd: float | None = 42.625, num: int = 2000) -> dict[str, Any]:
             "sqnr_per_step": [{"timestep": t, "sqnr": s} for t, s in zip(TIMESTEPS, (21.5, 12.25, 17.0), strict=True)],
         },
         "ratio": {"fd": None if fd is None else fd / 20.5},
-        "num": num, "seed": 11, "features": "reference", "versions": {"torchmetrics": "1.99"},
+        "num": num, "steps": 40, "scheduler": "DDIMScheduler", "seed": 11, "features": "reference",
+        "versions": {"torchmetrics": "1.99"},
     }  # fmt: skip
 
 
@@ -107,7 +119,7 @@ def whole(tmp_path: Path) -> Callable[..., Entry]:
 
     def make(name: str = "tcaq <4>", **options: Any) -> Entry:
         write_run(tmp_path / "whole", whole=True)
-        return Entry(name, tmp_path / "whole", evaluation(**options), images(seed=1))
+        return Entry(name, tmp_path / "whole", [Trial(SAMPLER, evaluation(**options), images(seed=1), images())])
 
     return make
 
@@ -118,6 +130,6 @@ def bare(tmp_path: Path) -> Callable[..., Entry]:
 
     def make(name: str = "min-max") -> Entry:
         write_run(tmp_path / "bare", whole=False)
-        return Entry(name, tmp_path / "bare", None, images(seed=2))
+        return Entry(name, tmp_path / "bare", [Trial(SAMPLER, None, images(seed=2), images())])
 
     return make

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tcaq.report import Entry, write_report
-from tests.report.conftest import CONV, images
+from tests.report.conftest import CONV
 from tests.report.reading import Page
 
 QUIET = (
@@ -35,7 +35,7 @@ def opened(path: Path, profile: Path) -> tuple[str, list[str]]:
 
 def test_it_opens_without_errors(tmp_path: Path, whole: Callable[..., Entry], bare: Callable[..., Entry]) -> None:
     path = tmp_path / "report.html"
-    write_report(path, "Opened <in> a browser", [bare(), whole()], images(), {})
+    write_report(path, "Opened <in> a browser", [bare(), whole()], {})
     dom, console = opened(path, tmp_path / "profile")
     assert console == []
     page = Page(dom.replace("<!doctype html>", ""))

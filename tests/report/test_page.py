@@ -14,16 +14,16 @@ import pytest
 from PIL import Image
 
 from tcaq.errors import UsageError
-from tcaq.report import Entry, grid_image, write_report
+from tcaq.report import Entry, Trial, grid_image, write_report
 from tcaq.report.figures import Curve, sqnr_figure
-from tests.report.conftest import CONV, FIXED, LINEAR, MIX, R, images
+from tests.report.conftest import CONV, FIXED, LINEAR, MIX, SAMPLER, R, evaluation, images
 from tests.report.reading import Page
 
 Make = Callable[..., Entry]
 
 
 def written(path: Path, entries: list[Entry]) -> str:
-    write_report(path, "A <title> & more", entries, images(), {"sampler": "DDIM <50>"}, float_bytes=123_000)
+    write_report(path, "A <title> & more", entries, {"sampler": "DDIM <50>"}, float_bytes=123_000)
     return path.read_text(encoding="utf-8")
 
 
@@ -44,7 +44,7 @@ def test_the_headline_table(page: Page) -> None:
         "Memory", "Quantization",
     ]  # fmt: skip
     assert rows[1:] == [
-        ["N = 2000, seed 11, features reference"],
+        ["DDIMScheduler, 40 steps, N = 2000, seed 11, features reference"],
         ["float", "32", "20.50", "1.000", "0.01230", "–", "–", "–", "123.0 kB", "71.0 s", "912 MB", "–"],
         [
             "tcaq <4>",
@@ -70,6 +70,11 @@ def test_the_tables_of_the_stages(page: Page) -> None:
         [CONV, "4", f"{min(R):.2f}", "1.50", f"{max(R):.2f}", "50%", "2.32", "1.60"]
     ]
     assert page.table("Agreement")[1:] == [[MIX, "2 of 3", "−2.500", "3.750", "0.04000", "0.04000", "2 of 3"]]
+    assert page.table("Calibration steps in a row")[1:] == [["900", "900", "4", "1"], ["500", "100", "8", "2"]]
+    assert page.table("Signal-to-noise ratios at each") == [
+        ["Timestep", "Forward process", "4 bits", "8 bits", "Runs at"], ["900", "0.01000", "2.500", "30.00", "4"],
+        ["500", "1.250", "1.000", "20.00", "8"], ["100", "99.00", "0.7500", "10.00", "8"],
+    ]  # fmt: skip
     assert page.table("The run keeps")[1:] == [["0", "31.25", "yes"], ["1", "33.50", "no"]]
     assert page.table("Error of each unit before and after")[1:] == [
         ["down<i>", "0", "0.5000", "0.1250"], ["mid", "0", "0.2500", "0.06250"],
@@ -130,7 +135,7 @@ def test_a_curve_is_drawn_where_its_values_are() -> None:
         np.testing.assert_allclose(drawn, slope * np.array(values) + offset, atol=1e-3)
 
 
-@pytest.mark.parametrize("part", ["sqnr-by-step", "ranges", "daq", "reconstruction"])
+@pytest.mark.parametrize("part", ["sqnr-by-step", "widths", "ranges", "daq", "reconstruction"])
 def test_sections_of_missing_stages_are_absent(tmp_path: Path, bare: Make, page: Page, part: str) -> None:
     assert part in page.values("id")
     assert f"#{part}" in page.values("href")
@@ -171,15 +176,33 @@ def test_it_is_sound_html_with_words_for_every_picture(page: Page) -> None:
 
 def test_equal_inputs_give_equal_bytes_below_three_megabytes(tmp_path: Path, whole: Make, text: str) -> None:
     folder = tmp_path / "whole"
-    entry = Entry("only", folder, None, images())
+    entry = Entry("only", folder, [Trial(SAMPLER, None, images(), images())])
     assert written(tmp_path / "a.html", [entry]) == written(tmp_path / "b.html", [entry])
     assert len(text) < 3_000_000
     assert sorted(path.name for path in tmp_path.glob("*.html")) == ["a.html", "b.html", "report.html"]
 
 
+def test_a_model_sampled_in_two_ways(tmp_path: Path, whole: Make) -> None:
+    entry = whole()
+    other = evaluation(fd=30.75) | {"scheduler": "DPMSolverMultistepScheduler", "steps": 20}
+    entry = Entry(entry.name, entry.folder, [*entry.trials, Trial("DPM", other, images(seed=3), images(seed=4))])
+    text = written(tmp_path / "two.html", [entry])
+    page = Page(text)
+    rows = page.table("The float model and its quantized versions")[1:]
+    assert [row[0] for row in rows] == [
+        "DDIMScheduler, 40 steps, N = 2000, seed 11, features reference", "float", entry.name,
+        "DPMSolverMultistepScheduler, 20 steps, N = 2000, seed 11, features reference", "float", entry.name,
+    ]  # fmt: skip
+    assert rows[-1][3] == "1.500"
+    assert f"{entry.name}, DPM" in page.text
+    assert len(page.values("src", "img")) == 4
+    plans = [caption for caption in page.captions if "attention product" in caption]
+    assert len(plans) == 1, "what is told of the run is told once"
+
+
 def test_large_images_are_shrunk(tmp_path: Path, bare: Make) -> None:
     large = images(3, channels=3).repeat_interleave(40, 2).repeat_interleave(40, 3)
-    write_report(tmp_path / "a.html", "t", [Entry("e", bare().folder, None, large)], large, {})
+    write_report(tmp_path / "a.html", "t", [Entry("e", bare().folder, [Trial(SAMPLER, None, large, large)])], {})
     (first, *_) = Page((tmp_path / "a.html").read_text()).values("src", "img")
     picture = Image.open(BytesIO(base64.b64decode(first.removeprefix("data:image/png;base64,"))))
     assert picture.size == (3 * 128 + 2 * 2, round(240 * 128 / 280))
@@ -188,5 +211,5 @@ def test_large_images_are_shrunk(tmp_path: Path, bare: Make) -> None:
 def test_two_entries_of_one_name_are_refused(tmp_path: Path, bare: Make) -> None:
     entry = bare()
     with pytest.raises(UsageError, match="names that differ, given 'min-max', 'min-max'"):
-        write_report(tmp_path / "a.html", "t", [entry, entry], images(), {})
+        write_report(tmp_path / "a.html", "t", [entry, entry], {})
     assert not (tmp_path / "a.html").exists()

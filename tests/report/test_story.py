@@ -12,7 +12,7 @@ import torch
 from tcaq.errors import RunError
 from tcaq.report import Entry
 from tcaq.report.story import Choice, Score, StageCost, UnitLoss, imbalance, read_story, spread, weight_bytes
-from tests.report.conftest import CONV, FD, LOSSES, MIX, TIMESTEPS, R, plan
+from tests.report.conftest import CONV, FD, FORWARD, LOSSES, MIX, NARROW, TIMESTEPS, WIDE, R, plan
 
 MAXIMA = [[1.0, 4.0, 8.0, 3.0], [1.0, 4.0, 16.0, 3.0], [1.0, 2.0, 8.0, 3.0]]
 
@@ -29,6 +29,11 @@ def test_every_stage_of_a_whole_run(whole: Callable[..., Entry]) -> None:
     }, "a layer whose grid the plan fixes has no choice"
     assert story.losses == [UnitLoss(u, n, *values) for n, units in LOSSES.items() for u, values in units.items()]
     assert story.scores == [Score(0, FD[0]), Score(1, FD[1])]
+    widths = story.widths
+    assert widths is not None
+    assert (widths.timesteps, widths.bits) == (TIMESTEPS, [4, 8, 8])
+    assert (widths.forward, widths.quantized) == (FORWARD, {4: NARROW, 8: WIDE})
+    assert widths.runs == [(900, 900, 4, 1), (500, 100, 8, 2)]
     noise = story.noise
     assert noise is not None
     assert (noise.timesteps, noise.slope, noise.kept) == (TIMESTEPS, [0.0625, -0.125, -0.25], 0.5)
@@ -44,6 +49,7 @@ def test_a_run_without_optional_stages(bare: Callable[..., Entry]) -> None:
     folder = bare().folder
     (folder / "run" / "timings.json").unlink()
     story = read_story(folder)
+    assert story.widths is None
     assert not any((story.equalized, story.choices, story.losses, story.scores, story.costs))
     assert story.seconds is None
 

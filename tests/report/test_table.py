@@ -40,8 +40,8 @@ def test_entries_measured_alike_share_one_float_row() -> None:
     ]
     found = blocks(entries, 2000)
     assert [(block.protocol, [row.name for row in block.rows]) for block in found] == [
-        ("N = 2000, seed 11, features reference", ["float", "a", "b"]),
-        ("N = 100, seed 11, features reference", ["float", "c"]),
+        ("DDIMScheduler, 40 steps, N = 2000, seed 11, features reference", ["float", "a", "b"]),
+        ("DDIMScheduler, 40 steps, N = 100, seed 11, features reference", ["float", "c"]),
         ("Not evaluated", ["unmeasured"]),
     ]
     lead, a, b = found[0].rows

@@ -18,7 +18,14 @@ from tcaq.spec.steps import StepGroups
 
 BITS = st.integers(2, 8)
 AFFINE = st.builds(AffineGrid, bits=BITS, signed=st.booleans(), symmetric=st.booleans())
-GRIDS = AFFINE | st.builds(Log2Grid, bits=BITS) | st.builds(UnitGrid, bits=BITS) | st.builds(AdaptiveGrid, bits=BITS)
+WIDER = st.sampled_from([AffineGrid(bits=4, wider=(8,)), UnitGrid(bits=2, wider=(3, 8)), Log2Grid(bits=4, wider=(6,))])
+GRIDS = (
+    WIDER
+    | AFFINE
+    | st.builds(Log2Grid, bits=BITS)
+    | st.builds(UnitGrid, bits=BITS)
+    | st.builds(AdaptiveGrid, bits=BITS)
+)
 KINDS = st.sampled_from(["conv", "linear", "scores", "mix"])
 TEXT = st.text(min_size=1, max_size=8)
 POSITIVE = st.integers(1, 10**6)
@@ -80,7 +87,17 @@ def test_a_grid_is_told_by_its_code(grid: Spec) -> None:
     again = TypeAdapter(Grid).validate_json(grid.model_dump_json())
     assert type(again) is type(grid)
     assert again == grid
-    assert str(again).endswith(str(grid.bits))  # type: ignore[attr-defined]
+    assert str(again).endswith("|".join(map(str, grid.widths)))  # type: ignore[attr-defined]
+
+
+def test_a_log2_grid_that_gets_wider_gets_denser() -> None:
+    grid = AdaptiveGrid(bits=4, wider=(6, 8), per_octave=2)
+    assert [grid.at(bits).per_octave for bits in grid.widths] == [2, 8, 32]
+    assert [str(grid.at(bits)) for bits in grid.widths] == ["daq4x2", "daq6x8", "daq8x32"]
+    assert Log2Grid(bits=4, wider=(8,), per_octave=16).at(8).per_octave == 64  # the most there may be
+    assert str(AffineGrid(bits=4, wider=(6, 8))) == "auint4|6|8"
+    with pytest.raises(UsageError, match="must ascend from `bits`, given 4 and \\(8, 6\\)"):
+        AffineGrid.parse({"bits": 4, "wider": [8, 6]}, where="grid")
 
 
 def test_files_round_trip(tmp_path: Path) -> None:

@@ -129,7 +129,8 @@ def test_float_mode_is_not_touched(ready, tiny_pipeline):
 def test_fits_see_what_the_first_layer_reads(ready):
     assert inside(ready.unet, ready.trajectories) is ready.trajectories
     bypassed(ready, reach=1.0)
-    seen = inside(ready.unet, ready.trajectories).samples
+    trajectories = inside(ready.unet, ready.trajectories)
+    seen = torch.stack([inputs.sample for inputs in trajectories.calls()])
     assert float(seen.abs().max()) < 1.01
     within = ready.trajectories.samples.abs() < 1.0
     assert torch.equal(seen[within], ready.trajectories.samples[within])

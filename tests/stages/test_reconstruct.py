@@ -75,7 +75,7 @@ def test_inputs_are_drawn_evenly_over_steps(ready):
     steps, images = ready.trajectories.samples.shape[:2]
     timesteps = draw_inputs(ready.trajectories, steps * 3, 0).timestep
     assert timesteps.unique(return_counts=True)[1].tolist() == [3] * steps
-    samples = draw_inputs(ready.trajectories, 10**6, 0).sample
+    samples = draw_inputs(ready.trajectories, 10**6, 0)[:].sample
     assert len(samples) == steps * images
     assert len(samples.flatten(1).unique(dim=0)) == steps * images
 
@@ -130,8 +130,9 @@ def test_correcting_biases_undoes_a_planted_shift(ready):
 def test_every_step_group_starts_from_a_loss_of_one_when_steps_are_balanced(ready, balance):
     unit = next(u for u in ready.units if u.name == "up_blocks.1.resnets.0")
     with make(ready, balance=balance) as reconstructor:
-        teaching = reconstructor._teaching(unit)
-        divisors = initial_distances(unit, teaching, clock_of(ready.unet), reconstructor.how.spec)
+        lessons = reconstructor._lessons(unit)
+        (teaching,) = lessons.parts
+        (divisors,) = initial_distances(unit, lessons, clock_of(ready.unet), reconstructor.how.spec)
     errors = []
     for row, t in enumerate(teaching.timesteps):
         clock_of(ready.unet).set(t)

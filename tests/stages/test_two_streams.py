@@ -111,7 +111,7 @@ def test_fits_lower_both_outputs_and_leave_the_dtype(scene):
     with Reconstructor(model, units, trajectories, Fit(spec, 60), memory=1.0) as reconstructor:
         for unit in units[:2]:
             apply_unit(unit, reconstructor.fit(unit.name))
-        teaching, last = (reconstructor._teaching(unit) for unit in units[1:])
+        teaching, last = (reconstructor._lessons(unit).parts[0] for unit in units[1:])
         fitted = reconstructor.fit("blocks.0")
     assert len(teaching.targets) == 2
     assert all(target.dtype == torch.float32 for target in teaching.targets)

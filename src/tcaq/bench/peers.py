@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from tcaq.errors import MissingExtraError
 from tcaq.export import onnx as onnx_export
 from tcaq.export import openvino as openvino_export
+from tcaq.export.example import unconditional_example
+from tcaq.export.parts import plain_upsampling
 from tcaq.export.runtime import ExportedDenoiser, Predict
-from tcaq.export.traceable import example_inputs, plain_upsampling
 from tcaq.models.denoiser import find_denoiser
 from tcaq.models.sampler import Trajectories
 
@@ -151,7 +152,7 @@ def _onnx_float(pipe: DiffusionPipeline, work: Path) -> Path:
     if not path.exists():
         onnx_export.require()
         denoiser = find_denoiser(pipe)[1]
-        onnx_export.write_traced(FloatTraceable(denoiser).eval(), example_inputs(denoiser), path)
+        onnx_export.write_traced(FloatTraceable(denoiser).eval(), unconditional_example(denoiser), path)
     return path
 
 
@@ -160,7 +161,7 @@ def _openvino_float(pipe: DiffusionPipeline, work: Path) -> Path:
     if not path.exists():
         openvino_export.require()
         denoiser = find_denoiser(pipe)[1]
-        openvino_export.write_traced(FloatTraceable(denoiser).eval(), example_inputs(denoiser), path)
+        openvino_export.write_traced(FloatTraceable(denoiser).eval(), unconditional_example(denoiser), path)
     return path
 
 

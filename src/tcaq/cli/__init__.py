@@ -9,6 +9,7 @@ from tcaq.cli import (  # noqa: F401  (each adds its verb to the app)
     plan,
     push,
     quantize,
+    report,
     sample,
 )
 from tcaq.cli.app import app

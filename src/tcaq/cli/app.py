@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
+from tcaq.allocator import keep_freed_memory
 from tcaq.errors import TcaqError, UsageError
 
 console = Console()
@@ -22,6 +23,7 @@ class TcaqGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the verb. Raises: typer.Exit with code 2 for wrong usage, 1 for any other failure."""
+        keep_freed_memory()
         try:
             return super().invoke(ctx)
         except TcaqError as error:

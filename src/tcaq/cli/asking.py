@@ -10,6 +10,7 @@ import typer
 
 from tcaq.errors import UsageError
 from tcaq.spec.conditions import Conditions
+from tcaq.spec.pictures import pictures_in
 
 PromptsOption = Annotated[
     Path | None, typer.Option(help="Text file, one prompt a line. [default: a small built-in list]", show_default=False)
@@ -36,6 +37,10 @@ SizeOption = Annotated[
 TokensOption = Annotated[
     int | None, typer.Option(min=1, help="Length to which T5 prompts are padded.", show_default=False)
 ]
+PicturesOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder of pictures that inpainting starts from; holes are cut at random.", show_default=False),
+]
 SchedulerOption = Annotated[
     str | None,
     typer.Option(
@@ -47,12 +52,12 @@ SchedulerOption = Annotated[
 
 def make_conditions(
     prompts: Path | None, negative: str | None, labels: str | None, guidance: float | None, true_guidance: float | None,
-    size: str | None, tokens: int | None,
+    size: str | None, tokens: int | None, pictures: Path | None,
 ) -> Conditions | None:  # fmt: skip
     """What the options ask for; None if none was given. Raises: UsageError naming what is not allowed."""
     given: dict[str, Any] = {
         "negative": negative, "labels": _labels(labels), "guidance": guidance, "true_guidance": true_guidance,
-        "tokens": tokens, **_size(size),
+        "tokens": tokens, "pictures": None if pictures is None else pictures_in(pictures), **_size(size),
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     return Conditions.with_prompts_of(prompts, **given) if given or prompts is not None else None

@@ -13,6 +13,7 @@ from tcaq.cli.evaluate import scores_table
 from tcaq.cli.judging import make_judge
 from tcaq.cli.models import REFERENCE, open_float
 from tcaq.cli.progress import stage_progress
+from tcaq.cli.report import float_bytes
 from tcaq.evaluate.evaluate import Evaluation
 from tcaq.evaluate.features import load_features
 from tcaq.evaluate.protocol import Protocol, evaluate
@@ -20,7 +21,7 @@ from tcaq.recipes.presets import preset_recipe
 from tcaq.recipes.quantize import quantize
 from tcaq.records import replacing, write_json
 from tcaq.report.grid import side_by_side
-from tcaq.report.page import Entry, write_report
+from tcaq.report.page import Entry, Trial, write_report
 from tcaq.runs import OnProgress
 
 TITLES = {"tcaq": "TCAQ-DM W4A4", "minmax": "min-max W4A4"}
@@ -44,15 +45,16 @@ def demo_command(
             pipe = load(output / program)
             result, float_, quantized = evaluate(open_float(REFERENCE), pipe, protocol, prefixed(on_progress, program))
             results[title] = result
-            write_json(output / f"{program}.json", result.model_dump(mode="json"))
-            entries.append(Entry(title, output / program, result.model_dump(mode="json"), quantized.images[:SHOWN]))
-    rows = [("float", float_.images), *((entry.name, entry.images) for entry in entries)]
+            scores = result.model_dump(mode="json")
+            write_json(output / f"{program}.json", scores)
+            trial = Trial(f"DDIM, {steps} steps", scores, quantized.images[:SHOWN], float_.images[:SHOWN])
+            entries.append(Entry(title, output / program, [trial]))
+    rows = [("float", float_.images), *((entry.name, entry.trials[0].images) for entry in entries)]
     with replacing(output / "samples.png") as path:
         side_by_side(rows, columns=SHOWN // 2).save(path, format="PNG")
-    details = {"model": "bundled reference", "sampler": f"DDIM, {steps} steps", "preset": "quick"}
-    size = sum(p.numel() * p.element_size() for p in open_float(REFERENCE).unet.parameters())
+    details = {"model": "bundled reference", "preset": "quick"}
     title = "TCAQ-DM at 4 bits: the bundled model"
-    write_report(output / "report.html", title, entries, float_.images[:SHOWN], details, float_bytes=size)
+    write_report(output / "report.html", title, entries, details, float_bytes=float_bytes(REFERENCE))
     console.print(scores_table(results))
     console.print(f"open {output / 'report.html'} in a browser")
 

@@ -42,15 +42,15 @@ def evaluate_command(
     true_guidance: ask.TrueGuidanceOption = None,
     size: ask.SizeOption = None,
     tokens: ask.TokensOption = None,
+    pictures: ask.PicturesOption = None,
     scheduler: ask.SchedulerOption = None,
     as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result here.")] = None,
     execution: opt.ExecutionOption = opt.Execution.FAKE,
 ) -> None:
     """Sample both models from the same seeds and measure how far their images are from the data and from each other."""
-    asked = ask.make_conditions(prompts, negative, labels, guidance, true_guidance, size, tokens)
+    asked = ask.make_conditions(prompts, negative, labels, guidance, true_guidance, size, tokens, pictures)
     quantized, original = executed(open_quantized(folder), execution), open_float(reference)
-    for pipe in (quantized, original):
-        use_scheduler(pipe, scheduler)
+    quantized, original = use_scheduler(quantized, scheduler), use_scheduler(original, scheduler)
     extractor = load_features(features)
     protocol = Protocol(
         extractor=extractor, work=work or folder / "evaluation", num=num, steps=steps, seed=seed, batch=batch,
@@ -67,7 +67,7 @@ def evaluate_command(
 def scores_table(results: dict[str, Evaluation]) -> Table:
     """The float row once, then a row for each evaluated model."""
     first = next(iter(results.values()))
-    title = f"{first.num} images, seed {first.seed}, features {first.features}"
+    title = f"{first.scheduler}, {first.steps} steps, {first.num} images, seed {first.seed}, features {first.features}"
     table = Table("model", "FD", "FD ratio", "KID", "PSNR dB", "SSIM", "FD to float", "seconds", title=title)
     table.add_row(
         "float", number(first.float.fd), "1.000", number(first.float.kid, 5), "", "", "", number(first.float.seconds, 1)

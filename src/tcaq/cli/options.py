@@ -38,7 +38,10 @@ NoCorrectionOption = Annotated[bool, typer.Option("--no-correction", help="No co
 RoundsOption = Annotated[int | None, typer.Option(help="Rounds of progressive alignment; 0: none.", show_default=False)]
 SeedOption = Annotated[int, typer.Option(help="Seed of calibration.")]
 MemoryOption = Annotated[
-    float | None, typer.Option(help="GiB of activations kept in memory before they spill to disk.", show_default=False)
+    float | None,
+    typer.Option(
+        help="GiB of trajectories, and of activations, kept in memory before they spill to disk.", show_default=False
+    ),
 ]
 PlanOption = Annotated[
     str,
@@ -54,6 +57,30 @@ LinearInputsOption = Annotated[
         metavar="static|token", show_default=False,
     ),
 ]  # fmt: skip
+StepBitsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Bits of activations chosen by step from several, as in 4,8 (PTQD's mixed precision). [default: off]",
+        metavar="B,B,...", show_default=False,
+    ),
+]  # fmt: skip
+
+
+class WeightRounding(StrEnum):
+    """How weights are rounded before any reconstruction."""
+
+    NEAREST = "nearest"
+    GPTQ = "gptq"
+
+
+WeightRoundingOption = Annotated[
+    WeightRounding | None,
+    typer.Option(
+        help="First rounding of weights: to the nearest code, or with each error fed back to later weights (GPTQ). "
+        "[default: nearest]",
+        show_default=False,
+    ),
+]
 BatchOption = Annotated[int | None, typer.Option(min=1, help="Images at a time in calibration.", show_default=False)]
 
 
@@ -74,7 +101,7 @@ def make_recipe(
     recipe: str, preset: str, *, weights: int | None, activations: int | None, steps: int | None, samples: int | None,
     step_groups: str | None, rounds: int | None, seed: int, memory: float | None, plan: str = "same",
     left_out: Collection[str] = (), linear_inputs: str | None = None, batch: int | None = None,
-    conditions: Conditions | None = None,
+    conditions: Conditions | None = None, step_bits: str | None = None, weight_rounding: WeightRounding | None = None,
 ) -> Recipe:  # fmt: skip
     """The recipe that the options name: a program at a preset or a file, then every option that was given.
 
@@ -88,11 +115,17 @@ def make_recipe(
         "linear_inputs": linear_inputs,
     }  # fmt: skip
     changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None} | {"seed": seed}
+    if step_bits is not None:
+        widths = _widths(step_bits)
+        # the narrowest is what activations would have at all steps
+        changes = {"activations": widths[0]} | changes | {"mixed": {"bits": widths}}
     if plan in get_args(Layers):
         changes["layers"] = plan
     if calibration:
         changes["calibration"] = calibration
     changes |= dict.fromkeys(left_out)
+    if weight_rounding is not None:
+        changes["gptq"] = {} if weight_rounding is WeightRounding.GPTQ else None
     if rounds is not None:
         changes["alignment"] = {"rounds": rounds} if rounds else None
     named = not recipe.endswith(".json")
@@ -111,6 +144,13 @@ def _groups(text: str | None) -> int | str | None:
     if not text.isdecimal() or int(text) < 1:
         raise UsageError(f"--step-groups {text!r}: give a whole number from 1, or per-step")
     return int(text)
+
+
+def _widths(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise UsageError(f"--step-bits {text!r}: give whole numbers from 2 to 8, with commas between")
+    return sorted(map(int, parts))
 
 
 def read_plan(plan: str) -> Plan | None:

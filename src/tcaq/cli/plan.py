@@ -20,12 +20,14 @@ def plan_command(
     no_daq: opt.NoDaqOption = False,
     plan: opt.PlanOption = "same",
     linear_inputs: opt.LinearInputsOption = None,
+    step_bits: opt.StepBitsOption = None,
     as_json: opt.JsonFlag = False,
 ) -> None:
     """Print which grid every layer of MODEL would get, and which layers stay float and why."""
     spec = opt.make_recipe(
         recipe, "full", weights=weights, activations=activations, steps=None, samples=None, step_groups=None,
         rounds=None, seed=0, memory=None, plan=plan, left_out=["daq"] if no_daq else [], linear_inputs=linear_inputs,
+        step_bits=step_bits,
     )  # fmt: skip
     denoiser = find_denoiser(open_float(model))[1]
     if what := remark(denoiser):

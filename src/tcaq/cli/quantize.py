@@ -20,6 +20,7 @@ from tcaq.models.architectures import remark
 from tcaq.models.denoiser import find_denoiser
 from tcaq.recipes.quantize import RUN_FOLDER, quantize
 from tcaq.runs import Run
+from tcaq.spec.recipe import Recipe
 
 
 @app.command("quantize")
@@ -43,6 +44,8 @@ def quantize_command(
     memory: opt.MemoryOption = None,
     plan: opt.PlanOption = "same",
     linear_inputs: opt.LinearInputsOption = None,
+    step_bits: opt.StepBitsOption = None,
+    weight_rounding: opt.WeightRoundingOption = None,
     batch: opt.BatchOption = None,
     prompts: ask.PromptsOption = None,
     negative: ask.NegativeOption = None,
@@ -51,6 +54,7 @@ def quantize_command(
     true_guidance: ask.TrueGuidanceOption = None,
     size: ask.SizeOption = None,
     tokens: ask.TokensOption = None,
+    pictures: ask.PicturesOption = None,
     features: Annotated[
         str | None,
         typer.Option(help="Extractor by which alignment decides when to stop. [default: reference for it, else none]"),
@@ -68,8 +72,8 @@ def quantize_command(
     spec = opt.make_recipe(
         recipe, preset, weights=weights, activations=activations, steps=steps, samples=samples, step_groups=step_groups,
         rounds=rounds, seed=seed, memory=memory, plan=plan, left_out=[part for part, off in parts.items() if off],
-        linear_inputs=linear_inputs, batch=batch,
-        conditions=ask.make_conditions(prompts, negative, labels, guidance, true_guidance, size, tokens),
+        linear_inputs=linear_inputs, batch=batch, step_bits=step_bits, weight_rounding=weight_rounding,
+        conditions=ask.make_conditions(prompts, negative, labels, guidance, true_guidance, size, tokens, pictures),
     )  # fmt: skip
     rules = opt.read_plan(plan)
     pipe = open_float(model)
@@ -78,17 +82,17 @@ def quantize_command(
     with stage_progress(quiet=as_json) as on_progress:
         judge = make_judge(model, features)
         quantize(pipe, spec, output, plan=rules, judge=judge, share=share, on_progress=on_progress)
+    tell(output, spec, as_json)
+
+
+def tell(output: Path, recipe: Recipe, as_json: bool) -> None:
+    """Say what was written and what it cost."""
     run = Run.read(output / RUN_FOLDER)
     timings = run.timings().values()
     seconds, peak = sum(t["seconds"] for t in timings), max(t["peak_memory"] for t in timings)
     if as_json:
-        summary = {
-            "output": str(output),
-            "seconds": seconds,
-            "peak_memory": peak,
-            "recipe": spec.model_dump(mode="json"),
-        }
-        console.print_json(json.dumps(summary))
+        costs = {"seconds": seconds, "peak_memory": peak}
+        console.print_json(json.dumps({"output": str(output), **costs, "recipe": recipe.model_dump(mode="json")}))
         return
     notes.print(plan_summary(run.identity["plan"]["layers"]))
     console.print(f"{output / INDEX} written: {seconds:.0f} s of work, {peak / 2**30:.2f} GiB at most")

@@ -37,15 +37,15 @@ def sample_command(
     true_guidance: ask.TrueGuidanceOption = None,
     size: ask.SizeOption = None,
     tokens: ask.TokensOption = None,
+    pictures: ask.PicturesOption = None,
     scheduler: ask.SchedulerOption = None,
     execution: opt.ExecutionOption = opt.Execution.FAKE,
 ) -> None:
     """Sample images; equal seeds give float and quantized models equal noise, so their images can be compared."""
     if output.suffix and output.suffix != ".png":
         raise UsageError(f"--output {output}: give a name ending in .png for a grid, or a folder for single images")
-    asked = ask.make_conditions(prompts, negative, labels, guidance, true_guidance, size, tokens)
-    pipe = executed(open_any(model), execution)
-    use_scheduler(pipe, scheduler)
+    asked = ask.make_conditions(prompts, negative, labels, guidance, true_guidance, size, tokens, pictures)
+    pipe = use_scheduler(executed(open_any(model), execution), scheduler)
     conditions = resolve_conditions(pipe, asked)
     parts = []
     with stage_progress() as on_progress:

@@ -79,6 +79,8 @@ class Evaluation(Record):
     paired: PairedScores
     ratio: Ratio
     num: int
+    steps: int
+    scheduler: str
     seed: int
     features: str
     versions: dict[str, str]
@@ -100,13 +102,15 @@ def score(
     quantized: Sampled,
     extractor: FeatureExtractor,
     *,
+    steps: int,
+    scheduler: str,
     seed: int,
     real: DataStatistics | None = None,
     batch_size: int = 100,
 ) -> Evaluation:
     """Measure a quantized model against the float one and both against real data.
 
-    Args: seed: the seed the images were sampled from, recorded. real: features of real data; by default those the
+    Args: steps, scheduler, seed: what the images were sampled with, recorded. real: features of real data; by default those the
     extractor carries; without either, the distances to data are None and the paired measures remain.
     Raises: UsageError if the two samples cannot be paired.
     """
@@ -122,6 +126,8 @@ def score(
         paired=_paired(float_, quantized, features_float, features_quantized, batch_size),
         ratio=Ratio(fd=of_quantized.fd / of_float.fd if of_quantized.fd is not None and of_float.fd else None),
         num=len(float_.images),
+        steps=steps,
+        scheduler=scheduler,
         seed=seed,
         features=extractor.name,
         versions=versions(),

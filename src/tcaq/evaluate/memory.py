@@ -9,6 +9,8 @@ from threading import Event, Thread
 
 import psutil
 
+from tcaq.allocator import release_freed_memory
+
 
 @dataclass
 class Peak:
@@ -22,8 +24,10 @@ def track_peak(interval: float = 0.02) -> Iterator[Peak]:
     """Watch this process' resident set while the block runs; the yielded `Peak` holds the largest value seen.
 
     A thread samples every `interval` seconds, because the kernel's own high-water mark covers the life of the process
-    and would report what an earlier block needed. Spikes shorter than the interval can be missed.
+    and would report what an earlier block needed. Freed memory is handed back first for the same reason. Spikes shorter
+    than the interval can be missed.
     """
+    release_freed_memory()
     process = psutil.Process()
     peak = Peak(process.memory_info().rss)
     done = Event()

@@ -56,4 +56,8 @@ def evaluate(
         with_predictions(part, pipe, trajectories)
         for part, pipe in zip(sampled, (float_pipe, quantized_pipe), strict=True)
     )
-    return score(float_, quantized, protocol.extractor, seed=protocol.seed, real=protocol.real), float_, quantized
+    result = score(
+        float_, quantized, protocol.extractor, steps=protocol.steps, scheduler=type(quantized_pipe.scheduler).__name__,
+        seed=protocol.seed, real=protocol.real,
+    )  # fmt: skip
+    return result, float_, quantized

@@ -13,7 +13,10 @@ from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
 from tcaq.errors import CheckpointError, UsageError
+from tcaq.export.example import Example, example_of, first_call
+from tcaq.export.interface import Interface
 from tcaq.export.runtime import ExportedDenoiser, Predict
+from tcaq.export.traceable import check_exportable
 from tcaq.models.denoiser import find_denoiser
 from tcaq.records import read_json, write_json
 
@@ -22,32 +25,36 @@ REMEDY = "Export the checkpoint again with `tcaq export`"
 
 
 def write_folder(
-    pipe: DiffusionPipeline, folder: Path, form: str, file: str, write: Callable[[nn.Module, Path], None]
+    pipe: DiffusionPipeline, folder: Path, form: str, file: str, write: Callable[[nn.Module, Example, Path], None]
 ) -> None:  # fmt: skip
     """Export a pipeline.
 
     Args: form: name of the format; file: of the model, inside the denoiser's folder; write: exports a denoiser to a path.
-    Raises: UsageError if `folder` holds something else.
+    Raises: UsageError if `folder` holds something else; ModelError if the denoiser cannot be exported: nothing is written then.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / CARD).is_file():
         raise UsageError(f"{folder} is not empty and holds no export; name a new folder")
     name, denoiser = find_denoiser(pipe)
+    check_exportable(denoiser)
+    example = example_of(denoiser, first_call(pipe))
     staging = folder.with_name(f".{folder.name}.exporting")
     shutil.rmtree(staging, ignore_errors=True)
     (staging / name).mkdir(parents=True)
     try:
-        write(denoiser, staging / name / file)
+        write(denoiser, example, staging / name / file)
         for part, component in pipe.components.items():
             if part != name and hasattr(component, "save_pretrained"):
                 component.save_pretrained(staging / part)
-        _describe(pipe, name, denoiser, staging, form)
+        _describe(pipe, name, denoiser, example.interface, staging, form)
         shutil.rmtree(folder, ignore_errors=True)
         staging.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _describe(pipe: DiffusionPipeline, name: str, denoiser: nn.Module, folder: Path, form: str) -> None:
+def _describe(
+    pipe: DiffusionPipeline, name: str, denoiser: nn.Module, interface: Interface, folder: Path, form: str
+) -> None:  # fmt: skip
     config = {
         k: v for k, v in cast(Any, denoiser).config.items() if k != "quantization_config" and not k.startswith("_")
     }
@@ -55,9 +62,9 @@ def _describe(pipe: DiffusionPipeline, name: str, denoiser: nn.Module, folder: P
     index = {k: v for k, v in pipe.config.items() if k != "_name_or_path"}
     write_json(folder / INDEX, index | {"_class_name": type(pipe).__name__, name: [None, None]})
     files = sorted(path.name for path in (folder / name).iterdir() if path.name != CONFIG)
-    write_json(
-        folder / CARD, {"format": form, "component": name, "sha256": {f: _digest(folder / name / f) for f in files}}
-    )
+    digests = {file: _digest(folder / name / file) for file in files}
+    card = {"format": form, "component": name, "interface": interface.to_json(), "sha256": digests}
+    write_json(folder / CARD, card)
 
 
 def read_folder(folder: Path, form: str, file: str, open_: Callable[[Path], Predict]) -> DiffusionPipeline:
@@ -70,13 +77,16 @@ def read_folder(folder: Path, form: str, file: str, open_: Callable[[Path], Pred
     card = cast("dict[str, Any]", read_json(folder / CARD))
     if card.get("format") != form:
         raise CheckpointError(f"{folder} holds an export to {card.get('format')!r}, not to {form!r}")
+    if "interface" not in card:
+        raise CheckpointError(f"{folder} was exported by an earlier version, which did not say its inputs. {REMEDY}")
     name = card["component"]
     for part, digest in card["sha256"].items():
         path = folder / name / part
         if not path.is_file() or _digest(path) != digest:
             raise CheckpointError(f"{path} is missing or damaged. {REMEDY}")
     config = FrozenDict(read_json(folder / name / CONFIG))
-    denoiser = ExportedDenoiser(open_(folder / name / file), config, card["sha256"])
+    interface = Interface.from_json(card["interface"])
+    denoiser = ExportedDenoiser(open_(folder / name / file), config, card["sha256"], interface)
     pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **{name: denoiser})
     return cast(DiffusionPipeline, pipe)
 

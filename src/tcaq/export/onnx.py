@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from tcaq.errors import CheckpointError, MissingExtraError
+from tcaq.export.example import Example
 from tcaq.export.folder import read_folder, write_folder
 from tcaq.export.runtime import Predict
-from tcaq.export.traceable import Traceable, example_inputs
+from tcaq.export.traceable import Traceable
 
 EXTRA, FORMAT, FILE = "onnx", "onnx", "model.onnx"
 OPSET = 18
 MIDDLE = 128
-NAMES = {"inputs": ["sample", "timestep"], "outputs": ["prediction"]}
 
 
 class OnnxDialect:
@@ -43,13 +43,16 @@ class OnnxDialect:
         """Unsigned, with a zero point of 128."""
         return (weight.to(torch.int16) + MIDDLE).to(torch.uint8)
 
-    def quantize(self, x: Tensor, divisor: Tensor, zero_point: Tensor, top: int, axis: int) -> Tensor:
+    def quantize(self, x: Tensor, divisor: Tensor, zero_point: Tensor, top: int | Tensor, axis: int) -> Tensor:
         """One QuantizeLinear; it takes a divisor for each channel, but is fast only where channels come first."""
         if len(divisor) > 1 and axis != 1:
             x, divisor = x / divisor, torch.ones(1)
         zero = zero_point.to(torch.uint8)
         operands = (divisor, zero.expand(len(divisor))) if len(divisor) > 1 else (divisor.reshape(()), zero.reshape(()))
         codes = operator("QuantizeLinear", torch.uint8, (x, *operands), x, axis=axis)
+        if isinstance(top, Tensor):
+            limits = (torch.zeros((), dtype=torch.uint8), _scalar(top))
+            return operator("Clip", torch.uint8, (codes, *limits), codes)
         return codes if top == 255 else codes.clamp(max=top)
 
     def conv(
@@ -74,8 +77,8 @@ class OnnxDialect:
         return operator("MatMulInteger", torch.int32, operands, like).float() * (gain * scale)
 
 
-def _scalar(zero_point: Tensor) -> Tensor:
-    return zero_point.to(torch.uint8).reshape(())
+def _scalar(code: Tensor) -> Tensor:
+    return code.to(torch.uint8).reshape(())
 
 
 class _Operator(torch.autograd.Function):
@@ -107,8 +110,8 @@ def require() -> None:
             raise MissingExtraError(package, EXTRA) from error
 
 
-def write_onnx(denoiser: nn.Module, path: Path, vnni: bool = False) -> None:
-    """Export a quantized denoiser; batch, height and width stay free.
+def write_onnx(denoiser: nn.Module, example: Example, path: Path, vnni: bool = False) -> None:
+    """Export a quantized denoiser.
 
     The model is traced, not exported by way of `torch.export`: that takes over a minute of symbolic shapes for a model that is
     traced in three seconds, and what is traced here was made for it: no value decides the way.
@@ -117,17 +120,16 @@ def write_onnx(denoiser: nn.Module, path: Path, vnni: bool = False) -> None:
     Raises: MissingExtraError; ModelError listing what cannot be exported.
     """
     require()
-    write_traced(Traceable(denoiser, OnnxDialect(), vnni).eval(), example_inputs(denoiser), path)
+    write_traced(Traceable(denoiser, OnnxDialect(), example.interface, vnni).eval(), example, path)
 
 
-def write_traced(traced: nn.Module, example: tuple[Tensor, Tensor], path: Path) -> None:
-    """Export a function of a batch and a timestep."""
-    free = {0: "batch", 2: "height", 3: "width"}
+def write_traced(traced: nn.Module, example: Example, path: Path) -> None:
+    """Export a function of an example's tensors."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer: sizes that the model compares with its own configuration
         torch.onnx.export(
-            traced, example, path, dynamo=False, opset_version=OPSET, input_names=NAMES["inputs"],
-            output_names=NAMES["outputs"], dynamic_axes=dict.fromkeys(("sample", "prediction"), free),
+            traced, example.values, path, dynamo=False, opset_version=OPSET, input_names=example.interface.names,
+            output_names=["prediction"], dynamic_axes=example.interface.free,
         )  # fmt: skip
 
 
@@ -142,10 +144,10 @@ def open_onnx(path: Path) -> Predict:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no public base
         raise CheckpointError(f"ONNX Runtime cannot read {path}: {error}") from error
-    inputs, outputs = NAMES["inputs"], NAMES["outputs"]
+    names = [given.name for given in session.get_inputs()]
 
-    def predict(sample: NDArray[np.float32], timestep: NDArray[np.float32]) -> NDArray[np.float32]:
-        result: NDArray[np.float32] = session.run(outputs, dict(zip(inputs, (sample, timestep), strict=True)))[0]
+    def predict(*arrays: NDArray[Any]) -> NDArray[np.float32]:
+        result: NDArray[np.float32] = session.run(["prediction"], dict(zip(names, arrays, strict=True)))[0]
         return result
 
     return predict

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
 from tcaq.errors import CheckpointError, MissingExtraError
+from tcaq.export.example import Example
 from tcaq.export.folder import read_folder, write_folder
 from tcaq.export.runtime import Predict
-from tcaq.export.traceable import Traceable, example_inputs
+from tcaq.export.traceable import Traceable
 
 EXTRA, FORMAT, FILE = "openvino", "openvino", "model.xml"
 
@@ -37,11 +38,15 @@ class OpenVinoDialect:
         """Signed, as it is."""
         return weight
 
-    def quantize(self, x: Tensor, divisor: Tensor, zero_point: Tensor, top: int, axis: int) -> Tensor:
+    def quantize(self, x: Tensor, divisor: Tensor, zero_point: Tensor, top: int | Tensor, axis: int) -> Tensor:
         """Codes as whole numbers in float."""
         shape = [1] * x.dim()
         shape[axis] = -1
-        return torch.fake_quantize_per_tensor_affine(x / divisor.reshape(shape) + zero_point, 1.0, 0, 0, top)
+        units = x / divisor.reshape(shape) + zero_point
+        if isinstance(top, Tensor):
+            # a whole number clips before rounding as it does afterwards, and nothing comes between quantization and convolution
+            units, top = torch.minimum(units, top), 255
+        return torch.fake_quantize_per_tensor_affine(units, 1.0, 0, 0, top)
 
     def conv(
         self, codes: Tensor, zero_point: Tensor, scale: Tensor, weight: Tensor, gain: Tensor, layer: nn.Conv2d
@@ -66,24 +71,27 @@ def require() -> None:
         raise MissingExtraError("openvino", EXTRA) from error
 
 
-def write_openvino(denoiser: nn.Module, path: Path, vnni: bool = False) -> None:
-    """Export a quantized denoiser; batch, height and width stay free.
+def write_openvino(denoiser: nn.Module, example: Example, path: Path, vnni: bool = False) -> None:
+    """Export a quantized denoiser.
 
     Args: path: of the `.xml` file; the weights go into a `.bin` beside it; vnni: see Traceable.
     Raises: MissingExtraError; ModelError listing what cannot be exported.
     """
     require()
-    write_traced(Traceable(denoiser, OpenVinoDialect(), vnni).eval(), example_inputs(denoiser), path)
+    write_traced(Traceable(denoiser, OpenVinoDialect(), example.interface, vnni).eval(), example, path)
 
 
-def write_traced(traced: nn.Module, example: tuple[Tensor, Tensor], path: Path) -> None:
-    """Export a function of a batch and a timestep."""
+def write_traced(traced: nn.Module, example: Example, path: Path) -> None:
+    """Export a function of an example's tensors."""
     import openvino
 
-    free = [[-1, example[0].shape[1], -1, -1], [1]]
+    inputs = zip(example.interface.inputs, example.values, strict=True)
+    shapes = [[-1 if axis in given.free else size for axis, size in enumerate(value.shape)] for given, value in inputs]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer: sizes that the model compares with its own configuration
-        model = openvino.convert_model(traced, example_input=example, input=free)
+        model = openvino.convert_model(traced, example_input=example.values, input=shapes)
+    for port, name in zip(model.inputs, example.interface.names, strict=True):
+        port.get_tensor().set_names({name})
     openvino.save_model(model, path, compress_to_fp16=False)
 
 
@@ -98,8 +106,8 @@ def open_openvino(path: Path) -> Predict:
     except RuntimeError as error:
         raise CheckpointError(f"OpenVINO cannot read {path}: {error}") from error
 
-    def predict(sample: NDArray[np.float32], timestep: NDArray[np.float32]) -> NDArray[np.float32]:
-        result: NDArray[np.float32] = compiled([sample, timestep])[0].copy()
+    def predict(*arrays: NDArray[Any]) -> NDArray[np.float32]:
+        result: NDArray[np.float32] = compiled(list(arrays))[0].copy()
         return result
 
     return predict

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tcaq.integer.backend import Backend, Geometry, Span
 from tcaq.integer.layer import IntegerConv2d, IntegerLayer, IntegerLinear
+from tcaq.integer.token import IntegerTokenLinear
 from tcaq.layers.conv import QuantizedConv2d
 from tcaq.layers.linear import QuantizedLinear
 from tcaq.layers.weighted import QuantizedWeight
@@ -23,8 +24,6 @@ class NoKernel(Exception):
 
 def integer_layer(layer: QuantizedWeight, backend: Backend) -> IntegerLayer:
     """The layer's stand-in. Raises: NoKernel."""
-    if isinstance(layer.input_quantizer, TokenQuantizer):
-        raise NoKernel("a grid for each token has no integer kernel")
     if isinstance(layer, QuantizedConv2d):
         return _conv(layer, backend)
     if isinstance(layer, QuantizedLinear):
@@ -43,8 +42,11 @@ def _conv(layer: QuantizedConv2d, backend: Backend) -> IntegerConv2d:
     return IntegerConv2d(layer, codes, backend.conv(weight, scale, bias, geometry), padded)
 
 
-def _linear(layer: QuantizedLinear, backend: Backend) -> IntegerLinear:
+def _linear(layer: QuantizedLinear, backend: Backend) -> IntegerLayer:
     codes = _form(layer, backend.linear_problem)
+    if isinstance(layer.input_quantizer, TokenQuantizer):
+        weight, scale, _ = stacked(codes, layer)
+        return IntegerTokenLinear(layer, codes, backend.linear(weight, scale, None))
     return IntegerLinear(layer, codes, backend.linear(*stacked(codes, layer)))
 
 

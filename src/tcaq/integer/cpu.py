@@ -58,9 +58,9 @@ class CpuConv:
         """Codes [batch, in, height, width], best channels-last."""
         result: Tensor = torch.ops.onednn.qconv2d_pointwise(
             codes, scale, zero_point, self.packed, self.scale, self.zeros, self.bias, *self.geometry.arguments,
-            1.0, 0, dtype, "none", [], "",
+            1.0, 0, _output(dtype), "none", [], "",
         )  # fmt: skip
-        return result
+        return result.to(dtype)
 
 
 class CpuLinear:
@@ -74,9 +74,14 @@ class CpuLinear:
     def __call__(self, codes: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
         """Codes [rows, in]."""
         result: Tensor = torch.ops.onednn.qlinear_pointwise(
-            codes, scale, zero_point, self.packed, self.scale, self.zeros, self.bias, 1.0, 0, dtype, "none", [], "",
+            codes, scale, zero_point, self.packed, self.scale, self.zeros, self.bias, 1.0, 0, _output(dtype), "none", [], "",
         )  # fmt: skip
-        return result
+        return result.to(dtype)
+
+
+def _output(dtype: torch.dtype) -> torch.dtype:
+    """What an op is asked to put out: oneDNN's convolutions write no float16."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 @cache

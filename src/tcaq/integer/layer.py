@@ -28,13 +28,11 @@ class IntegerLayer(Moded, nn.Module):
     the rounding of float. TCR's r divides the input as it is quantized and has no other part in it, since it cancels against
     the weight's.
 
-    Attributes: scale: float32 [groups]; zero_point: int16 [groups], among unsigned codes; equalizer: float32 [in channels];
-        rest: None, or float32 [out], what the sum of a channel's inputs is worth; fingerprint: uint8 [32], SHA-256 of weight
-        and bias, which only the kernel holds, so that the module's state still tells two models apart.
+    Attributes: equalizer: float32 [in channels]; rest: None, or float32 [out], what the sum of a channel's inputs is worth;
+        fingerprint: uint8 [32], SHA-256 of weight and bias, which only the kernel holds, so that the module's state still tells
+        two models apart.
     """
 
-    scale: Tensor
-    zero_point: Tensor
     equalizer: Tensor
     rest: Tensor | None
     fingerprint: Tensor
@@ -42,34 +40,68 @@ class IntegerLayer(Moded, nn.Module):
     def __init__(self, layer: QuantizedWeight, codes: SignedCodes, kernel: Kernel) -> None:
         super().__init__()
         self._kernel = kernel
-        quantizer, weight = cast(AffineQuantizer, layer.input_quantizer), layer.weight_quantizer
-        self._clock = (quantizer.clock,)
+        quantizer, weight = layer.input_quantizer, layer.weight_quantizer
         self.top = quantizer.high - quantizer.low
         self.planes = len(codes.planes)
         self.groups = layer.groups
-        self.register_buffer("scale", quantizer.scale.clone())
-        self.register_buffer("zero_point", quantizer.zero_point - quantizer.low)
         self.register_buffer("equalizer", layer.equalizer.clone())
         self.register_buffer("rest", codes.rest * weight.scale if codes.has_rest else None)
         self.register_buffer("fingerprint", _fingerprint(codes.whole(), weight.scale, layer.quantized_bias()))
-        self._scales, self._zero_points = self.scale.tolist(), self.zero_point.tolist()
-
-    @property
-    def clock(self) -> StepClock:
-        """The denoiser's clock."""
-        return self._clock[0]
 
     @property
     def is_plain(self) -> bool:
         """Whether the kernel's products are the layer's, with nothing to add up."""
         return self.planes == 1 and self.rest is None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply `x`, float [batch, ...]. Raises: CheckpointError in float mode, for which the weight is not there any more."""
+    def check_mode(self) -> None:
+        """Raises: CheckpointError in float mode, for which the weight is not there any more."""
         if self.mode is not Mode.FAKE:
             raise CheckpointError(
                 "this layer runs in integers and keeps no float weight; load the model again for other modes"
             )
+
+    def _sum(self, products: Tensor) -> Tensor:
+        """Add the planes, and what `rest` makes of the summing channel; see `stacked` for how they lie."""
+        parts = products.unflatten(1, (self.groups, -1))
+        own = (parts.shape[2] - (self.rest is not None)) // self.planes
+        total = parts.narrow(2, 0, own)
+        for plane in range(1, self.planes):
+            total = total + parts.narrow(2, plane * own, own)
+        if self.rest is not None:
+            rest = self.rest.reshape(1, self.groups, own, *[1] * (parts.dim() - 3))
+            total = torch.addcmul(total, parts.narrow(2, self.planes * own, 1), rest)
+        result: Tensor = total.flatten(1, 2)
+        return result
+
+
+class SteppedLayer(IntegerLayer):
+    """An integer layer whose input has a grid for each step group.
+
+    Attributes: scale: float32 [groups]; zero_point: int16 [groups], among unsigned codes.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, layer: QuantizedWeight, codes: SignedCodes, kernel: Kernel) -> None:
+        super().__init__(layer, codes, kernel)
+        quantizer = cast(AffineQuantizer, layer.input_quantizer)
+        self._clock = (quantizer.clock,)
+        low, high = quantizer.limits
+        self.register_buffer("scale", quantizer.scale.clone())
+        self.register_buffer("zero_point", quantizer.zero_point - low)
+        self._scales, self._zero_points = self.scale.tolist(), self.zero_point.tolist()
+        # a row of fewer bits clips the same bytes closer
+        self._tops: list[int] = torch.as_tensor(high - low).expand(self.clock.count).tolist()
+
+    @property
+    def clock(self) -> StepClock:
+        """The denoiser's clock."""
+        return self._clock[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply `x`, float [batch, ...]. Raises: CheckpointError in float mode."""
+        self.check_mode()
         rows = [0] if self.clock.count == 1 else cast("list[int]", self.clock.group.tolist())
         if len(set(rows)) == 1:
             return self._run(x, rows[0])
@@ -90,25 +122,12 @@ class IntegerLayer(Moded, nn.Module):
     def _codes(self, x: Tensor, group: int, shape: Sequence[int]) -> Tensor:
         """Unsigned codes of x in float; the division is the fake quantizer's, so that the codes are, too."""
         divisor = (self.scale[group] * self.equalizer).reshape(shape)
-        codes: Tensor = (x / divisor).round_().add_(self._zero_points[group]).clamp_(0, self.top)
+        codes: Tensor = (x / divisor).round_().add_(self._zero_points[group]).clamp_(0, self._tops[group])
         return codes
 
-    def _sum(self, products: Tensor) -> Tensor:
-        """Add the planes, and what `rest` makes of the summing channel; see `stacked` for how they lie."""
-        parts = products.unflatten(1, (self.groups, -1))
-        own = (parts.shape[2] - (self.rest is not None)) // self.planes
-        total = parts.narrow(2, 0, own)
-        for plane in range(1, self.planes):
-            total = total + parts.narrow(2, plane * own, own)
-        if self.rest is not None:
-            rest = self.rest.reshape(1, self.groups, own, *[1] * (parts.dim() - 3))
-            total = torch.addcmul(total, parts.narrow(2, self.planes * own, 1), rest)
-        result: Tensor = total.flatten(1, 2)
-        return result
 
-
-class IntegerConv2d(IntegerLayer):
-    """Stands in for a QuantizedConv2d; see IntegerLayer."""
+class IntegerConv2d(SteppedLayer):
+    """Stands in for a QuantizedConv2d; see SteppedLayer."""
 
     def __init__(self, layer: QuantizedConv2d, codes: SignedCodes, kernel: Kernel, padded: Sequence[int]) -> None:
         super().__init__(layer, codes, kernel)
@@ -123,8 +142,8 @@ class IntegerConv2d(IntegerLayer):
         return self._multiply(codes, group, x.dtype)
 
 
-class IntegerLinear(IntegerLayer):
-    """Stands in for a QuantizedLinear; see IntegerLayer."""
+class IntegerLinear(SteppedLayer):
+    """Stands in for a QuantizedLinear; see SteppedLayer."""
 
     def __init__(self, layer: QuantizedLinear, codes: SignedCodes, kernel: Kernel) -> None:
         super().__init__(layer, codes, kernel)

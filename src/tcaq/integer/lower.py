@@ -8,7 +8,6 @@ from typing import Literal, cast
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from tcaq.errors import UsageError
@@ -16,8 +15,8 @@ from tcaq.integer.backend import Backend
 from tcaq.integer.build import NoKernel, integer_layer
 from tcaq.integer.cpu import CPU
 from tcaq.integer.cuda import CUDA
-from tcaq.layers.attention import MIX, SCORES, ProductProcessor
 from tcaq.layers.insert import quantized_layers, replace
+from tcaq.layers.processors import detach_products, has_products
 from tcaq.layers.product import QuantizedProduct
 from tcaq.layers.weighted import QuantizedWeight
 from tcaq.models.denoiser import find_denoiser
@@ -114,8 +113,6 @@ def _lower(
 
 def _fuse(denoiser: nn.Module) -> None:
     """Give every attention the processor back that it had before its products became layers."""
-    for module in denoiser.modules():
-        if isinstance(module, Attention) and isinstance(module.processor, ProductProcessor):
-            module.set_processor(module.processor.original)
-            delattr(module, SCORES)
-            delattr(module, MIX)
+    for module in list(denoiser.modules()):
+        if has_products(module):
+            detach_products(module)

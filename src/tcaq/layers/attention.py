@@ -87,8 +87,9 @@ def _attend(
     k, v = normed(attn.norm_k, heads(attn, attn.to_k(context))), heads(attn, attn.to_v(context))
     mask = None
     if attention_mask is not None:
-        mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(context))
-        mask = mask.view(len(context), attn.heads, -1, mask.shape[-1])
+        # sizes by `shape`, which a trace follows; it would freeze `len`
+        mask = attn.prepare_attention_mask(attention_mask, context.shape[1], context.shape[0])
+        mask = mask.view(context.shape[0], attn.heads, -1, mask.shape[-1])
     mixed = attn.to_out[1](attn.to_out[0](attend(attn, q, k, v, attn.scale, mask)))
     if image_shape is not None:
         mixed = mixed.transpose(-1, -2).reshape(image_shape)

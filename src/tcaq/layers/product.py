@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tcaq.layers.modes import Mode, Moded
 from tcaq.quantizers.affine import AffineQuantizer
 from tcaq.quantizers.clock import StepClock
+from tcaq.quantizers.mixed import affine_quantizer, probability_quantizer
 from tcaq.quantizers.probability import ProbabilityQuantizer
 from tcaq.spec.grid import AffineGrid, ProbabilityGrid
 from tcaq.spec.plan import LayerGrids
@@ -19,7 +20,7 @@ OperandQuantizer = AffineQuantizer | ProbabilityQuantizer
 
 def operand_quantizer(grid: AffineGrid | ProbabilityGrid, clock: StepClock) -> OperandQuantizer:
     """The quantizer for a grid."""
-    return AffineQuantizer(grid, clock) if isinstance(grid, AffineGrid) else ProbabilityQuantizer(grid, clock)
+    return affine_quantizer(grid, clock) if isinstance(grid, AffineGrid) else probability_quantizer(grid, clock)
 
 
 class QuantizedProduct(Moded, nn.Module):
@@ -39,7 +40,7 @@ class QuantizedProduct(Moded, nn.Module):
             operand_quantizer(cast(AffineGrid, cast(LayerGrids, grids).inputs[0]), clock) if quantized else None
         )
         self.right_quantizer = (
-            AffineQuantizer(cast(AffineGrid, cast(LayerGrids, grids).inputs[1]), clock) if quantized else None
+            affine_quantizer(cast(AffineGrid, cast(LayerGrids, grids).inputs[1]), clock) if quantized else None
         )
 
     @property

@@ -11,6 +11,7 @@ from tcaq.errors import CheckpointError
 from tcaq.layers.modes import Mode, Moded
 from tcaq.quantizers.affine import AffineQuantizer
 from tcaq.quantizers.clock import StepClock
+from tcaq.quantizers.mixed import affine_quantizer
 from tcaq.quantizers.token import TokenQuantizer
 from tcaq.quantizers.weight import WeightQuantizer
 from tcaq.spec.grid import AffineGrid, TokenGrid
@@ -41,7 +42,7 @@ class QuantizedWeight(Moded, nn.Module):
         self.register_buffer("equalizer", torch.ones(shape[1] * self.groups))
         grid = grids.inputs[0]
         self.input_quantizer = (
-            TokenQuantizer(grid) if isinstance(grid, TokenGrid) else AffineQuantizer(cast(AffineGrid, grid), clock)
+            TokenQuantizer(grid) if isinstance(grid, TokenGrid) else affine_quantizer(cast(AffineGrid, grid), clock)
         )
         self.weight_quantizer = WeightQuantizer(cast(AffineGrid, grids.weight), shape)
 

@@ -81,6 +81,11 @@ def plan_rows(config: TcaqConfig) -> list[str]:
     return [f"| {count} | {kind} | {weight} | {inputs} |" for (kind, weight, inputs), count in counts.items()]
 
 
+def width_counts(config: TcaqConfig) -> str:
+    """How many step groups have which width."""
+    return ", ".join(f"{count} at {bits} bits" for bits, count in sorted(Counter(config.step_bits).items()))
+
+
 def calibration_rows(config: TcaqConfig, calibration: dict[str, Any]) -> list[str]:
     """On what the grids were found."""
     asked = calibration.get("conditions") or {}
@@ -89,6 +94,7 @@ def calibration_rows(config: TcaqConfig, calibration: dict[str, Any]) -> list[st
         "no other data",
         f"- {config.groups.count} step groups",
     ]
+    rows += [f"- activations by step group: {width_counts(config)}"] if config.step_bits else []
     rows += [f"- {len(asked['prompts'])} prompts, such as: {asked['prompts'][0]}"] if asked.get("prompts") else []
     rows += [f"- {len(asked['labels'])} classes"] if asked.get("labels") else []
     return rows + ([f"- guidance {asked['guidance']:g}"] if asked.get("guidance") is not None else [])

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from tcaq.errors import ModelError, UsageError
 from tcaq.models.inputs import Inputs
+from tcaq.models.store import Store
 
 ABSENT = -1
-KEPT = torch.contiguous_format
-"""Of tensors that are kept: kernels round differently for other strides, and files have none."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,11 @@ class Argument:
         which = int(self.index[call])
         return None if which == ABSENT else self.values[which]
 
+    def form(self, call: int) -> Any:
+        """What calls must have in common to be joined: the shape of a row, or which value all rows share."""
+        which = int(self.index[call])
+        return tuple(self.values[which].shape) if self.by_image and which != ABSENT else which
+
     def first(self, images: int) -> Argument:
         """Over the first images."""
         return replace(self, values=tuple(value[:images] for value in self.values)) if self.by_image else self
@@ -46,22 +50,28 @@ class Argument:
 
         Raises: UsageError if they cannot be put into one batch.
         """
-        which = self.index[calls]
-        distinct = which.unique().tolist()
+        which, distinct = self.index[calls], self.common(path, calls)
         if len(distinct) == 1:
             value = None if distinct[0] == ABSENT else self.values[distinct[0]]
             return cast(Tensor, value)[images] if self.by_image and value is not None else value
-        parts = [self.values[i] for i in distinct if i != ABSENT]
-        if ABSENT in distinct or not self.by_image or len({part.shape for part in parts}) > 1:
-            raise UsageError(
-                f"the pipeline gives {path!r} in other shapes, or not at all, to some calls of its denoiser, so that their inputs "
-                "make no common batch; use a recipe that reconstructs nothing, or prompts of one padded length"
-            )
-        rows = parts[0].new_empty((len(which), *parts[0].shape[1:]))
+        first = self.values[distinct[0]]
+        rows = first.new_empty((len(which), *first.shape[1:]))
         for i in distinct:
             here = which == i
             rows[here] = self.values[i][images[here]]
         return rows
+
+    def common(self, path: str, calls: Tensor) -> list[int]:
+        """The values that some calls were given, by number. Raises: UsageError if they cannot be put into one batch."""
+        distinct: list[int] = self.index[calls].unique().tolist()
+        if len(distinct) == 1:
+            return distinct
+        if ABSENT in distinct or not self.by_image or len({self.values[i].shape for i in distinct}) > 1:
+            raise UsageError(
+                f"the pipeline gives {path!r} in other shapes, or not at all, to some calls of its denoiser, so that their inputs "
+                "make no common batch; pad prompts to one length, or leave GPTQ out"
+            )
+        return distinct
 
 
 @dataclass(frozen=True)
@@ -86,15 +96,29 @@ class Conditioning:
         found = {path: (a.of(path, calls, images), a.by_image) for path, a in self.arguments.items()}
         return _sorted(found)
 
+    def forms(self, calls: int) -> Tensor:
+        """A number for each of `calls` calls, int64 [calls]: equal where their inputs make common batches.
+
+        They do where each argument has a row for each image in one shape, or one value for all.
+        """
+        kinds = [tuple(argument.form(call) for argument in self.arguments.values()) for call in range(calls)]
+        known = list(dict.fromkeys(kinds))
+        return torch.tensor([known.index(kind) for kind in kinds])
+
+    def check(self, calls: Tensor) -> None:
+        """Raises: UsageError if what some calls, int64 [n], were given makes no common batch."""
+        for path, argument in self.arguments.items():
+            argument.common(path, calls)
+
     def first(self, images: int) -> Conditioning:
         """That of the first images."""
         return Conditioning({path: argument.first(images) for path, argument in self.arguments.items()})
 
     @staticmethod
-    def join(parts: Sequence[Conditioning]) -> Conditioning:
-        """That of several batches of images, images after images."""
-        paths = dict.fromkeys(path for part in parts for path in part.arguments)
-        return Conditioning({path: _joined(path, [part.arguments.get(path) for part in parts]) for path in paths})
+    def join(parts: Sequence[Conditioning], store: Store | None = None) -> Conditioning:
+        """That of several batches of images, images after images. Args: store: where it is put (None: memory)."""
+        paths, store = dict.fromkeys(path for part in parts for path in part.arguments), store or Store()
+        return Conditioning({p: _joined(p, [part.arguments.get(p) for part in parts], store) for p in paths})
 
 
 def _sorted(found: Mapping[str, tuple[Any, bool]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -113,7 +137,7 @@ def _argument(path: str, calls: Sequence[Inputs]) -> Argument:
             continue
         which = next((i for i, other in enumerate(values) if same(other, value)), len(values))
         if which == len(values):
-            values.append(value.detach().clone(memory_format=KEPT) if isinstance(value, Tensor) else value)
+            values.append(value)
         index.append(which)
     by_image = {path in call.rows for call in calls if path in call.rows or path in call.whole}
     if len(by_image) > 1:
@@ -121,26 +145,28 @@ def _argument(path: str, calls: Sequence[Inputs]) -> Argument:
     return Argument(tuple(values), torch.tensor(index), by_image.pop())
 
 
-def _joined(path: str, parts: Sequence[Argument | None]) -> Argument:
+def _joined(path: str, parts: Sequence[Argument | None], store: Store) -> Argument:
     there = [part for part in parts if part is not None]
     first = there[0]
     if len(there) < len(parts) or any(part.by_image != first.by_image for part in there):
         raise _unclear(path)
     which = list(zip(*(part.index.tolist() for part in there), strict=True))
     distinct = [combination for combination in dict.fromkeys(which) if set(combination) != {ABSENT}]
-    values = tuple(_merged(path, first.by_image, c, there) for c in distinct)
+    values = tuple(_merged(path, first.by_image, c, there, store) for c in distinct)
     index = [ABSENT if set(c) == {ABSENT} else distinct.index(c) for c in which]
     return Argument(values, torch.tensor(index), first.by_image)
 
 
-def _merged(path: str, by_image: bool, combination: Iterable[int], parts: Sequence[Argument]) -> Any:
+def _merged(
+    path: str, by_image: bool, combination: Iterable[int], parts: Sequence[Argument], store: Store
+) -> Any:  # fmt: skip
     if ABSENT in combination:
         raise _unclear(path)
     values = [part.values[i] for part, i in zip(parts, combination, strict=True)]
     if by_image:
         if len({value.shape[1:] for value in values}) > 1:
             raise ModelError(f"the pipeline gives {path!r} in other shapes to other images; pad it to one length")
-        return torch.cat(values)
+        return store.gather(values, (sum(map(len, values)), *values[0].shape[1:]), values[0])
     if not all(same(value, values[0]) for value in values):
         raise _unclear(path)
     return values[0]
@@ -148,6 +174,8 @@ def _merged(path: str, by_image: bool, combination: Iterable[int], parts: Sequen
 
 def same(value: Any, other: Any) -> bool:
     """Whether two values are equal in type and content."""
+    if value is other:
+        return True
     if isinstance(value, Tensor) and isinstance(other, Tensor):
         return value.dtype == other.dtype and torch.equal(value, other)
     return type(value) is type(other) and bool(value == other)

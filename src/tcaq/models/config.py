@@ -31,14 +31,16 @@ class TcaqConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """Everything but the tensors that a quantized denoiser needs.
 
     Attributes: plan: a row for every layer; groups: timestep boundaries of the step groups; recipe: the recipe that made it, as
-        JSON, for the record; bypass: whether what the first layer cuts off goes around the denoiser; correction: channels of the
-        noise correction behind the denoiser, 0 if there is none; dtype: name of the dtype of everything that is not quantized;
-        checksum: of the JSON it was read from.
+        JSON, for the record; step_bits: the activations' width in each step group, for the record, none where all have one; bypass:
+        whether what the first layer cuts off goes around the denoiser; correction: channels of the noise correction behind the
+        denoiser, 0 if there is none; dtype: name of the dtype of everything that is not quantized; checksum: of the
+        JSON it was read from.
     """
 
     plan: ResolvedPlan
     groups: StepGroups
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    step_bits: tuple[int, ...] = ()
     bypass: bool = False
     correction: int = 0
     dtype: str = "float32"
@@ -62,6 +64,7 @@ class TcaqConfig(QuantizationConfigMixin):  # type: ignore[misc]
             "groups": self.groups.model_dump(mode="json"),
             "plan": self.plan.model_dump(mode="json", exclude_none=True),
             "recipe": deepcopy(dict(self.recipe)),
+            **({"step_bits": list(self.step_bits)} if self.step_bits else {}),
             **({"bypass": True} if self.bypass else {}),
             **({"correction": self.correction} if self.correction else {}),
         }
@@ -84,6 +87,7 @@ class TcaqConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 plan=ResolvedPlan.parse(config_dict["plan"], where="plan"),
                 groups=StepGroups.parse(config_dict["groups"], where="groups"),
                 recipe=config_dict["recipe"],
+                step_bits=tuple(config_dict.get("step_bits", ())),
                 bypass=config_dict.get("bypass", False),
                 correction=config_dict.get("correction", 0),
                 dtype=config_dict["dtype"],

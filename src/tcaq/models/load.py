@@ -15,6 +15,7 @@ from torch import nn
 
 from tcaq.errors import MissingExtraError, ModelError, NumericalError, TcaqError
 from tcaq.models.denoiser import COMPONENTS
+from tcaq.models.offload import state_of
 
 FULL_PRECISION = ("DDIMPipeline", "DDPMPipeline", "LDMPipeline")
 """Pipelines that draw their noise, or put out their images, in float32 alone."""
@@ -69,7 +70,7 @@ def weights_hash(module: nn.Module) -> str:
     Raises: NumericalError naming the first tensor that is not finite.
     """
     digest = sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(state_of(module).items()):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise NumericalError(f"the model's weight {name!r} holds NaN or infinity; it cannot be quantized")
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())

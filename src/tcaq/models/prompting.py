@@ -10,14 +10,17 @@ from diffusers import DiffusionPipeline
 
 from tcaq.errors import ModelError, UsageError
 from tcaq.models.denoiser import find_denoiser
+from tcaq.models.inpainting import masks, opened
 from tcaq.spec.conditions import PROMPTS, Conditions
 
 FIELDS = {
     "prompts": "prompt", "negative": "negative_prompt", "labels": "class_labels", "guidance": "guidance_scale",
-    "true_guidance": "true_cfg_scale", "height": "height", "width": "width", "tokens": "max_sequence_length",
+    "true_guidance": "true_cfg_scale", "height": "height", "width": "width", "tokens": "max_sequence_length", "pictures": "image",
 }  # fmt: skip
 """The argument of a pipeline's call that each field sets."""
 PICTURES = ("image", "mask_image", "control_image", "source_image")
+INPAINTING = ("image", "mask_image")
+"""What a pipeline takes that paints into a part of a picture; of all that start from one, its denoiser alone reads the picture."""
 OTHERS = {"num_frames": "videos", "video_length": "videos", "audio_length_in_s": "sound", "audio_end_in_s": "sound"}
 CLASSES = 16
 """How many classes are sampled where none are asked for, evenly over all there are."""
@@ -34,7 +37,7 @@ def resolve_conditions(pipe: DiffusionPipeline, asked: Conditions | None = None)
         raise UsageError(
             f"{type(pipe).__name__} takes no {', '.join(FIELDS[name] for name in wrong)}: leave out {', '.join(wrong)}"
         )
-    _check_scope(type(pipe).__name__, takes)
+    _check_scope(type(pipe).__name__, takes, pictures="pictures" in given)
     if not any(name in takes for name in FIELDS.values()):
         return None
     defaults: dict[str, Any] = {}
@@ -47,11 +50,15 @@ def resolve_conditions(pipe: DiffusionPipeline, asked: Conditions | None = None)
     return Conditions(**(defaults | given))
 
 
-def _check_scope(name: str, takes: Mapping[str, inspect.Parameter]) -> None:
-    """Raises: ModelError saying why a pipeline with such a call cannot be calibrated."""
-    if pictures := [argument for argument in PICTURES if argument in takes]:
+def _check_scope(name: str, takes: Mapping[str, inspect.Parameter], pictures: bool) -> None:
+    """Raises: ModelError saying why a pipeline with such a call cannot be calibrated; UsageError if it lacks pictures."""
+    starts = [argument for argument in PICTURES if argument in takes]
+    if starts == list(INPAINTING):
+        if not pictures:
+            raise UsageError(f"{name} paints into pictures: give a folder of them (--pictures)")
+    elif starts:
         raise ModelError(
-            f"{name} starts from a picture ({', '.join(pictures)}), which calibration has none of; quantize the "
+            f"{name} starts from a picture ({', '.join(starts)}), which calibration has none of; quantize the "
             "text-to-image pipeline of the same denoiser"
         )
     if others := [what for argument, what in OTHERS.items() if argument in takes]:
@@ -80,6 +87,9 @@ def call_options(pipe: DiffusionPipeline, conditions: Conditions | None, images:
         "guidance_scale": conditions.guidance, "true_cfg_scale": conditions.true_guidance, "height": conditions.height,
         "width": conditions.width, "max_sequence_length": conditions.tokens,
     }  # fmt: skip
+    if conditions.pictures:
+        chosen = [opened(picture) for picture in cycled(conditions.pictures, images) or ()]
+        values |= {"image": chosen, "mask_image": masks([picture.size for picture in chosen], images)}
     if conditions.height is not None or conditions.width is not None:
         values["use_resolution_binning"] = False  # the size asked for, not the nearest one in a list
     return {name: value for name, value in values.items() if value is not None and name in takes}

@@ -15,6 +15,7 @@ from tcaq.layers.hold import holding_weights
 from tcaq.models.denoiser import find_denoiser
 from tcaq.models.prompting import call_options, resolve_conditions
 from tcaq.models.seeds import generators
+from tcaq.models.store import Store
 from tcaq.models.trajectories import Trajectories, predict, recording
 from tcaq.spec.conditions import Conditions
 
@@ -60,12 +61,14 @@ def batches(seeds: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 
 def record(
-    pipe: DiffusionPipeline, seeds: Sequence[int], steps: int, conditions: Conditions | None = None, first: int = 0
+    pipe: DiffusionPipeline, seeds: Sequence[int], steps: int, conditions: Conditions | None = None, first: int = 0,
+    store: Store | None = None,
 ) -> tuple[Tensor, Trajectories]:  # fmt: skip
     """Sample one batch and record its trajectories in the same pass; arguments as in `sample`.
 
+    Args: store: where they are put (None: memory).
     Returns: images, uint8 [images, channels, height, width], and the trajectories of every step.
     """
-    with recording(find_denoiser(pipe)[1], len(seeds)) as calls:
+    with recording(find_denoiser(pipe)[1], len(seeds), store) as calls:
         images = sample(pipe, seeds, steps, conditions, first)
-    return images, Trajectories.recorded(calls)
+    return images, Trajectories.recorded(calls, store)

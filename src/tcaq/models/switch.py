@@ -6,28 +6,47 @@ import inspect
 from typing import Any, cast
 
 import diffusers
-from diffusers import DDIMPipeline, DiffusionPipeline, SchedulerMixin
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DiffusionPipeline, SchedulerMixin
 
 from tcaq.errors import UsageError
 
 
-def use_scheduler(pipe: DiffusionPipeline, name: str | None) -> None:
-    """Give a pipeline the scheduler of a name, with the settings of its own one; None leaves it as it is.
+def use_scheduler(pipe: DiffusionPipeline, name: str | None) -> DiffusionPipeline:
+    """The pipeline with the scheduler of a name, with the settings of its own one; None leaves it as it is.
 
-    Raises: UsageError if diffusers has no scheduler of that name, or it does not suit what the model predicts.
+    Returns: the pipeline itself, but for a `DDIMPipeline`, which knows one scheduler only: its denoiser in a `DDPMPipeline`.
+    Raises: UsageError if diffusers has no scheduler of that name, or it does not suit the model or its pipeline.
     """
     if name is None:
-        return
+        return pipe
     kind: Any = getattr(diffusers, name, None)
     if not isinstance(kind, type) or not issubclass(kind, SchedulerMixin):
         raise UsageError(
             f"scheduler {name!r}: diffusers has none of that name; it has DDIMScheduler, EulerDiscreteScheduler, "
             "DPMSolverMultistepScheduler, PNDMScheduler and others"
         )
-    if isinstance(pipe, DDIMPipeline):
-        raise UsageError("a DDIMPipeline samples with DDIM alone; leave the scheduler out")
     settings = _flow_settings(pipe.scheduler, kind)
-    pipe.register_modules(scheduler=cast(Any, kind).from_config(pipe.scheduler.config, **settings))
+    try:
+        scheduler = cast(Any, kind).from_config(pipe.scheduler.config, **settings)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"scheduler {name!r} cannot be made from this model's settings: {error}") from error
+    if isinstance(pipe, DDIMPipeline | DDPMPipeline):
+        _check_plain(scheduler, type(pipe).__name__)
+        if isinstance(pipe, DDIMPipeline) and not isinstance(scheduler, DDIMScheduler):
+            return DDPMPipeline(pipe.unet, scheduler)
+    pipe.register_modules(scheduler=scheduler)
+    return pipe
+
+
+def _check_plain(scheduler: Any, pipeline: str) -> None:
+    """Refuse what diffusers' unconditional pipelines cannot drive: they neither scale x_t nor sample without a generator."""
+    scales = float(getattr(scheduler, "init_noise_sigma", 1)) != 1
+    if scales or "generator" not in inspect.signature(scheduler.step).parameters:
+        why = "needs scaled inputs" if scales else "takes no generator"
+        raise UsageError(
+            f"scheduler {type(scheduler).__name__!r} {why}, which diffusers' {pipeline} does not provide; "
+            "DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler and others suit it"
+        )
 
 
 def _flow_settings(before: Any, kind: type) -> dict[str, Any]:

@@ -74,7 +74,9 @@ class _FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, low: int | Tensor, high: int | Tensor
+    ) -> Tensor:
         units = x / scale
         codes = torch.round(units)
         # two one-sided clamps with tensors for bounds run in a fifth of the time of one with both
@@ -94,10 +96,11 @@ class _FakeQuantize(torch.autograd.Function):
         return to_x, to_scale, None, None, None
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int | Tensor, high: int | Tensor) -> Tensor:
     """`dequantize(quantize(x))` in float, differentiable in x and scale (straight through the rounding).
 
-    Args: x: float [...]; scale, zero_point: float, broadcastable against x; low, high: code range.
+    Args: x: float [...]; scale, zero_point: float, broadcastable against x; low, high: code range, as tensors where it differs
+        between samples: float, broadcastable as well.
     """
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
         result: Tensor = _FakeQuantize.apply(x, scale, zero_point, low, high)  # type: ignore[no-untyped-call]

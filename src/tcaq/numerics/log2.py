@@ -35,3 +35,16 @@ def fake_quantize_log2(p: Tensor, scale: Tensor, bits: int, per_octave: int = 1)
     if torch.is_grad_enabled() and p.requires_grad:
         return hat + (p - p.detach())  # adds an exact zero, so that gradients do not change values
     return hat
+
+
+def fake_quantize_log2_rows(p: Tensor, scale: Tensor, last: Tensor, per_octave: Tensor) -> Tensor:
+    """The same for grids that differ between samples.
+
+    Args: last: the last code of each, whole numbers in float; per_octave: float; both broadcastable, as `scale` is.
+    """
+    with torch.no_grad():
+        codes = (p / scale).log2_().mul_(-per_octave).round_().clamp_(min=0.0)
+        hat = torch.where(codes < last, torch.exp2(codes / -per_octave), torch.zeros_like(codes)).mul_(scale)
+    if torch.is_grad_enabled() and p.requires_grad:
+        return hat + (p - p.detach())
+    return hat

@@ -49,7 +49,16 @@ class AffineQuantizer(nn.Module):
         if channel_gain is not None:
             scale = scale * channel_gain
         zero_point = self.clock.row(self.zero_point, x.dim()).to(scale.dtype)
-        return fake_quantize(x, scale, zero_point, self.low, self.high).to(x.dtype)
+        return fake_quantize(x, scale, zero_point, *self.code_range(x.dim())).to(x.dtype)
+
+    @property
+    def limits(self) -> tuple[int, int] | tuple[Tensor, Tensor]:
+        """Smallest and largest code: of all rows, or of each, int16 [groups]."""
+        return self.low, self.high
+
+    def code_range(self, dims: int) -> tuple[int, int] | tuple[Tensor, Tensor]:
+        """Those of the running batch, broadcastable against a tensor with `dims` dimensions."""
+        return self.low, self.high
 
     def set_rows(self, scale: Tensor, zero_point: Tensor) -> None:
         """Write the calibrated table: float [groups] each."""

@@ -34,9 +34,13 @@ class TokenQuantizer(nn.Module):
 
         Args: x: float [..., features]; channel_gain: TCR's r, broadcastable against x, by which the scale is multiplied.
         """
-        seen = x.detach().float() if channel_gain is None else x.detach().float() / channel_gain
-        low, high = torch.aminmax(seen, dim=-1, keepdim=True)
-        scale, zero_point = qparams(low, high, self.grid.bits, self.grid.signed, self.grid.symmetric)
+        scale, zero_point = self.grid_of(x, channel_gain)
         if channel_gain is not None:
             scale = scale * channel_gain
         return fake_quantize(x, scale, zero_point, self.low, self.high).to(x.dtype)
+
+    def grid_of(self, x: Tensor, channel_gain: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of each token of `x / gain`; x float [..., features]; float32 [..., 1] both."""
+        seen = x.detach().float() if channel_gain is None else x.detach().float() / channel_gain
+        low, high = torch.aminmax(seen, dim=-1, keepdim=True)
+        return qparams(low, high, self.grid.bits, self.grid.signed, self.grid.symmetric)

@@ -62,8 +62,15 @@ class WeightQuantizer(nn.Module):
         rows, zeros = self._rows(self.scale), self._rows(self.zero_point)
         self._store(quantize(weight.float(), rows, zeros, self.low, self.high))
 
+    def set_integers(self, codes: Tensor) -> None:
+        """Write codes that were found by other means than rounding to nearest: whole numbers in the weight's shape."""
+        self._store(codes)
+
     def begin_learning(self, weight: Tensor, trust: float) -> list[nn.Parameter]:
-        """Start AdaRound between `weight` itself (trust 0) and the roundings that the codes already hold (trust 1)."""
+        """Start AdaRound between `weight` itself (trust 0) and the roundings that the codes already hold (trust 1).
+
+        AdaRound knows two codes for a weight, its neighbours. A code beyond them (GPTQ's) counts as the neighbour on its side.
+        """
         rows, zeros = self._rows(self.scale), self._rows(self.zero_point)
         up = self.integers() - zeros > torch.floor(weight.float() / rows)
         self.alpha = nn.Parameter(initial_alpha(weight.float(), rows, up, trust))

@@ -28,5 +28,7 @@ def apqdm(job: Job) -> None:
     ranges = job.observe(trajectories)
     job.scale_weights(ranges)
     job.group(trajectories, ranges)
+    job.choose_widths(trajectories, ranges)
     job.scale_inputs(ranges)
     job.select(ranges)
+    job.round_weights(trajectories)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
@@ -15,12 +16,15 @@ from tcaq.errors import ModelError, UsageError
 from tcaq.layers.insert import insert, quantized_layers
 from tcaq.models.bypass import bypass_of, entrance_of
 from tcaq.models.denoiser import attach_clock, clock_of, find_denoiser
+from tcaq.models.forward_process import forward_process
 from tcaq.models.sampler import batches
 from tcaq.models.scheduler import noise_aware
 from tcaq.models.seeds import image_seeds
+from tcaq.models.store import Store
 from tcaq.models.time import time_unit
 from tcaq.models.trajectories import Trajectories
 from tcaq.models.units import Unit, execution_order
+from tcaq.quantizers.mixed import set_widths
 from tcaq.recipes.share import share_collection
 from tcaq.records import Record
 from tcaq.runs import Run
@@ -34,11 +38,13 @@ from tcaq.stages.correct import apply_correction, correct
 from tcaq.stages.equalize import apply_vectors, equalize
 from tcaq.stages.group import group
 from tcaq.stages.observe import observe
-from tcaq.stages.reconstruct import Fit, Reconstructor, apply_unit, fit, time_teaching
+from tcaq.stages.reconstruct import Fit, Reconstructor, apply_unit, fit, time_lessons
+from tcaq.stages.round import Rounder, apply_codes
 from tcaq.stages.rows import Classes, own_rows, table_rows
 from tcaq.stages.scale import apply_input_scales, apply_weight_scales, scale_inputs, scale_weights
 from tcaq.stages.select import apply_choices, select
 from tcaq.stages.weigh import weigh
+from tcaq.stages.widths import measure_widths
 
 Judge = Callable[[Tensor, Tensor], float]
 """Distance between two sets of images, uint8 [images, channels, height, width]: the float model's, and the quantized one's."""
@@ -66,6 +72,12 @@ class Job:
     units: list[Unit] = field(default_factory=list)
     classes: Classes = own_rows
     settled: frozenset[nn.Module] = frozenset()
+    step_bits: tuple[int, ...] = ()
+
+    @cached_property
+    def store(self) -> Store:
+        """Where trajectories are kept, within the recipe's memory."""
+        return Store(self.recipe.memory * 2**30, self.run.folder)
 
     @property
     def denoiser(self) -> nn.Module:
@@ -80,7 +92,7 @@ class Job:
 
         def compute(item: str) -> Record:
             number = int(item.removeprefix("batch-"))
-            return collect(self.pipe, groups[number], spec.steps, spec.conditions, number * spec.batch)
+            return collect(self.pipe, groups[number], spec.steps, spec.conditions, number * spec.batch, self.store)
 
         shared = round_ == 0 and self.share is not None
         source = (
@@ -88,7 +100,8 @@ class Job:
         )
         self.run.series(f"collect/{round_}", items, source, lambda _, record: parts.append(record))
         return Collected(
-            Trajectories.join([trajectories_of(part) for part in parts]), torch.cat([images_of(part) for part in parts])
+            Trajectories.join([trajectories_of(part) for part in parts], self.store),
+            torch.cat([images_of(part) for part in parts]),
         )
 
     def weigh(self, trajectories: Trajectories) -> Trajectories:
@@ -159,16 +172,34 @@ class Job:
         )
         self.classes = lambda _: record.tensors["classes"]
 
+    def choose_widths(self, trajectories: Trajectories, ranges: Record) -> None:
+        """Choose each step group's width, if the recipe mixes widths."""
+        recipe, denoiser = self.recipe, self.denoiser
+        if (spec := recipe.mixed) is None:
+            return
+        process = forward_process(self.pipe)
+
+        def calibrate() -> None:
+            self._put_input_scales(scale_inputs(denoiser, ranges, recipe.ranges, self.classes))
+            apply_choices(denoiser, select(denoiser, ranges, recipe.daq or Daq(), recipe.ranges, self.classes))
+
+        def apply(record: Record) -> None:
+            self.step_bits = tuple(record.tensors["bits"].tolist())
+            set_widths(denoiser, record.tensors["bits"])
+
+        self.run.step("widths", lambda: measure_widths(denoiser, trajectories, process, spec, calibrate), apply)
+
     def scale_inputs(self, ranges: Record) -> None:
         """First scales of affine operands."""
         denoiser, spec = self.denoiser, self.recipe.ranges
         self.run.step(
-            "scale/inputs",
-            lambda: scale_inputs(denoiser, ranges, spec, self.classes),
-            lambda r: apply_input_scales(denoiser, r),
+            "scale/inputs", lambda: scale_inputs(denoiser, ranges, spec, self.classes), self._put_input_scales
         )
-        for _, record in self.run.results("bypass"):
-            apply_bypass(denoiser, record)  # how far the first layer reads is not up to the search
+
+    def _put_input_scales(self, record: Record) -> None:
+        apply_input_scales(self.denoiser, record)
+        for _, bypass in self.run.results("bypass"):
+            apply_bypass(self.denoiser, bypass)  # how far the first layer reads is not up to the search
 
     def select(self, ranges: Record) -> None:
         """Grids and scales of attention probabilities: DAQ where the plan lets it choose."""
@@ -179,14 +210,28 @@ class Job:
             lambda record: apply_choices(denoiser, record),
         )
 
+    def round_weights(self, trajectories: Trajectories) -> None:
+        """GPTQ, if the recipe has it: all weights rounded anew, unit by unit in execution order; one record each."""
+        if (spec := self.recipe.gptq) is not None:
+            by_name, seen = {unit.name: unit for unit in self.units}, inside(self.denoiser, trajectories)
+            with Rounder(self.denoiser, self.units, seen, spec, self.recipe.seed, memory=self.recipe.memory) as rounder:
+                self.run.series(
+                    "round", list(by_name), rounder.round, lambda name, record: apply_codes(by_name[name], record)
+                )
+
+    def trust(self, round_: int) -> float:
+        """How firmly a round of reconstruction holds the roundings that it finds."""
+        if round_ and self.recipe.alignment:
+            return self.recipe.alignment.trust
+        return self.recipe.gptq.trust if self.recipe.gptq else 0.0
+
     def reconstruct(self, round_: int, trajectories: Trajectories, iterations: int) -> None:
         """Fit every unit in execution order; one record each."""
         spec = self.recipe.reconstruction
         if spec is None:
             raise UsageError(f"the recipe {self.recipe.program!r} has no reconstruction to run")
         by_name = {unit.name: unit for unit in self.units}
-        trust = self.recipe.alignment.trust if round_ and self.recipe.alignment else 0.0
-        how = Fit(spec, iterations, trust, self.recipe.seed + round_, self.settled)
+        how = Fit(spec, iterations, self.trust(round_), self.recipe.seed + round_, self.settled)
         seen = inside(self.denoiser, trajectories)
         with Reconstructor(self.denoiser, self.units, seen, how, memory=self.recipe.memory) as reconstructor:
             self.run.series(
@@ -199,10 +244,10 @@ class Job:
         if spec is None:
             raise UsageError(f"the recipe {self.recipe.program!r} has no reconstruction to run")
         unit, clock = time_unit(self.denoiser), clock_of(self.denoiser)
-        how = Fit(spec, spec.iterations, seed=self.recipe.seed)
+        how = Fit(spec, spec.iterations, self.trust(0), self.recipe.seed)
         self.run.step(
             "reconstruct/time",
-            lambda: fit(unit, time_teaching(unit, timesteps), clock, how),
+            lambda: fit(unit, time_lessons(unit, timesteps), clock, how),
             lambda record: apply_unit(unit, record),
         )
         self.settled |= {layer for _, layer in quantized_layers(unit.module)}

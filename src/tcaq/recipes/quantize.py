@@ -18,6 +18,7 @@ from tcaq.models.correction import correction_of
 from tcaq.models.denoiser import find_denoiser
 from tcaq.models.identity import conditioners, sampler_identity
 from tcaq.models.load import weights_hash
+from tcaq.models.offload import bring_back
 from tcaq.models.prompting import resolve_conditions
 from tcaq.models.units import resolve
 from tcaq.recipes.job import Job, Judge
@@ -25,13 +26,14 @@ from tcaq.recipes.registry import entry
 from tcaq.runs import OnProgress, Run, silent
 from tcaq.spec.plan import Plan, ResolvedPlan
 from tcaq.spec.recipe import Recipe
+from tcaq.spec.widths import with_widths
 
 RUN_FOLDER = "run"
 
 
 def resolved_plan(denoiser: nn.Module, recipe: Recipe, plan: Plan | None = None) -> ResolvedPlan:
     """The table that a recipe would quantize a denoiser by; `plan` takes the place of the recipe's own rules."""
-    return resolve(denoiser, plan or entry(recipe.program).plan(denoiser, recipe))
+    return with_widths(resolve(denoiser, plan or entry(recipe.program).plan(denoiser, recipe)), recipe.mixed)
 
 
 def identity(pipe: DiffusionPipeline, recipe: Recipe, table: ResolvedPlan, *, judged: bool) -> dict[str, Any]:
@@ -80,6 +82,7 @@ def quantize(
     """
     recipe = with_conditions(pipe, recipe or Recipe())
     program = entry(recipe.program).program
+    bring_back(find_denoiser(pipe)[1])
     table = resolved_plan(find_denoiser(pipe)[1], recipe, plan)
     who = identity(pipe, recipe, table, judged=judge is not None)
     with tempfile.TemporaryDirectory(prefix="tcaq-run-") as temporary:
@@ -91,6 +94,7 @@ def quantize(
             plan=table, groups=job.groups, recipe=recipe.model_dump(mode="json"), dtype=dtype_of(job.denoiser)
         )
         config.bypass = bypass_of(job.denoiser) is not None
+        config.step_bits = job.step_bits
         if (correction := correction_of(job.denoiser)) is not None:
             config.correction = correction.bias.shape[1]
         pack(job.denoiser, config)

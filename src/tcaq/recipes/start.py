@@ -22,7 +22,7 @@ BLOCKWISE: dict[str, Any] = {**PLAIN, "reconstruction": {"schedule": "two-phase"
 def start(job: Job) -> Collected:
     """Sample the float model, insert the quantizers, and give every weight and operand its first grid: no gradients.
 
-    Parts that the recipe leaves out (a law of its own for the steps, the bypass, TCR) leave no record.
+    Parts that the recipe leaves out (a law of its own for the steps, the bypass, TCR, widths by step, GPTQ) leave no record.
     """
     data = job.collect(0)
     trajectories = job.weigh(data.trajectories)
@@ -31,6 +31,8 @@ def start(job: Job) -> Collected:
     ranges = job.observe(trajectories)
     job.equalize(ranges)
     job.scale_weights(ranges)
+    job.choose_widths(trajectories, ranges)
     job.scale_inputs(ranges)
     job.select(ranges)
+    job.round_weights(trajectories)
     return Collected(trajectories, data.images)

@@ -15,7 +15,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import NullFormatter
 from numpy.typing import NDArray
 
-from tcaq.report.story import Choice, EqualizedLayer, NoiseFit, UnitLoss
+from tcaq.report.story import Choice, EqualizedLayer, NoiseFit, StepWidths, UnitLoss
 from tcaq.report.svg import MUTED, PAPER, SERIES, render, style
 
 WIDTH = 10.0
@@ -147,6 +147,31 @@ def noise_figure(noise: NoiseFit, name: str) -> Markup:
         steepest = min(noise.slope)
         return render(
             figure, name, f"Two line charts of quantization noise by timestep; the slope falls to {steepest:.3f}."
+        )
+
+
+def widths_figure(widths: StepWidths, name: str) -> Markup:
+    """Signal-to-noise ratios of every width and of the forward process over the timesteps, above the width that runs."""
+    with style(name):
+        figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+        curves = [(f"{bits} bits", ratios) for bits, ratios in widths.quantized.items()]
+        for (label, values), color, dash in zip(curves, cycle(SERIES), cycle(DASHES), strict=False):
+            above.plot(widths.timesteps, values, color=color, linestyle=dash, linewidth=2, label=label)
+        above.plot(widths.timesteps, widths.forward, color=MUTED, linewidth=1.2, label="to exceed: forward process")
+        above.set_yscale("log")
+        above.set_ylabel("signal to noise")
+        above.grid(axis="y")
+        below.step(widths.timesteps, widths.bits, where="mid", color=SERIES[0], linewidth=2)
+        below.set_yticks(sorted(widths.quantized))
+        below.set_ylabel("bits")
+        below.invert_xaxis()
+        below.set_xlabel("timestep (sampling runs from left to right, noise to image)")
+        below.margins(x=0.01, y=0.25)
+        figure.legend(loc="outside upper left", ncols=min(4, len(curves) + 1), handlelength=3)
+        runs = "; ".join(f"{bits} bits from {first:g} to {last:g}" for first, last, bits, _ in widths.runs)
+        return render(
+            figure, name, f"Line charts of signal-to-noise ratios and the width that runs, by timestep: {runs}."
         )
 
 

@@ -14,8 +14,16 @@ from torch import Tensor
 from tcaq.errors import UsageError
 from tcaq.records import JSON
 from tcaq.report import table
-from tcaq.report.figures import Curve, daq_figure, loss_figure, noise_figure, ranges_figure, sqnr_figure
-from tcaq.report.story import Choice, EqualizedLayer, Story, imbalance, read_story, spread, weight_bytes
+from tcaq.report.figures import (
+    Curve,
+    daq_figure,
+    loss_figure,
+    noise_figure,
+    ranges_figure,
+    sqnr_figure,
+    widths_figure,
+)
+from tcaq.report.story import Choice, EqualizedLayer, StepWidths, Story, imbalance, read_story, spread, weight_bytes
 from tcaq.report.strips import strips
 from tcaq.report.template import write_page
 from tcaq.spec.plan import LayerGrids
@@ -24,60 +32,85 @@ TELLING_LAYERS = 3
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One quantized model.
+class Trial:
+    """Both models sampled in one way, from the same seeds.
 
-    name: how the page calls it; folder: its checkpoint, with the run in it; evaluation: the JSON of `tcaq evaluate`,
-    None if it was not evaluated; images: uint8 [N, C, H, W], image i from the same seed as the float model's image i.
+    sampler: what the page calls it, such as "DDIM, 50 steps"; evaluation: the JSON of `tcaq evaluate`, None if it was not
+    evaluated; images, float_images: uint8 [N, C, H, W], the quantized and the float model's.
     """
+
+    sampler: str
+    evaluation: Mapping[str, JSON] | None
+    images: Tensor
+    float_images: Tensor
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One quantized model: how the page calls it, its checkpoint's folder with the run in it, and how it was sampled."""
 
     name: str
     folder: Path
-    evaluation: Mapping[str, JSON] | None
-    images: Tensor
+    trials: Sequence[Trial]
 
 
 def write_report(
-    path: Path,
-    title: str,
-    entries: Sequence[Entry],
-    float_images: Tensor,
-    details: Mapping[str, str],
-    *,
-    float_bytes: int | None = None,
+    path: Path, title: str, entries: Sequence[Entry], details: Mapping[str, str], *, float_bytes: int | None = None
 ) -> None:
     """Write the page, replacing `path` in one go. Equal inputs give equal bytes.
 
-    Args: float_images: uint8 [N, C, H, W], the float model's; details: lines under the title, as label and text;
-        float_bytes: size of the float denoiser's weight files, if known.
+    Args: details: lines under the title, as label and text; float_bytes: size of the float denoiser's weight files, if known.
     Raises: UsageError for two entries of one name, or images no grid can show; RunError if a run cannot be read or
         the page cannot be written.
     """
     names = [entry.name for entry in entries]
     if len(set(names)) != len(names):
         raise UsageError(f"entries of a report need names that differ, given {', '.join(map(repr, names))}")
-    write_page(path, "page.html.j2", _context(title, entries, float_images, details, float_bytes))
+    write_page(path, "page.html.j2", _context(title, entries, details, float_bytes))
 
 
 def _context(
-    title: str, entries: Sequence[Entry], float_images: Tensor, details: Mapping[str, str], float_bytes: int | None
+    title: str, entries: Sequence[Entry], details: Mapping[str, str], float_bytes: int | None
 ) -> dict[str, Any]:
     stories = [read_story(entry.folder) for entry in entries]
     measured = [
-        table.Measured(e.name, s.bits, e.evaluation, weight_bytes(e.folder), s.seconds)
-        for e, s in zip(entries, stories, strict=True)
+        table.Measured(entry.name, story.bits, trial.evaluation, weight_bytes(entry.folder), story.seconds)
+        for entry, story in zip(entries, stories, strict=True)
+        for trial in entry.trials
     ]
     blocks = table.blocks(measured, float_bytes)
-    curves = [curve for entry in entries if (curve := _curve(entry)) is not None]
+    curves = _curves(entries)
     return {
         "title": title,
         "details": details,
         "columns": table.columns(blocks),
         "blocks": blocks,
-        "strips": strips([("float", float_images), *((e.name, e.images) for e in entries)]),
+        "samplers": _samplers(entries),
         "sqnr": sqnr_figure(curves, "sqnr") if curves else None,
         "parts": [_part(e, s, f"entry-{i}") for i, (e, s) in enumerate(zip(entries, stories, strict=True))],
     }
+
+
+def _samplers(entries: Sequence[Entry]) -> dict[str, list[list[dict[str, str]]]]:
+    """For each way of sampling, strips of images: the float model's row, and a row for each entry that has it."""
+    rows: dict[str, list[tuple[str, Tensor]]] = {}
+    for entry in entries:
+        for trial in entry.trials:
+            rows.setdefault(trial.sampler, [("float", trial.float_images)]).append((entry.name, trial.images))
+    return {sampler: strips(models) for sampler, models in rows.items()}
+
+
+def _curves(entries: Sequence[Entry]) -> list[Curve]:
+    """A curve for each evaluation, named by its sampler too where the page has several."""
+    several = len({trial.sampler for entry in entries for trial in entry.trials}) > 1
+    curves = []
+    for entry in entries:
+        for trial in entry.trials:
+            steps = trial.evaluation["paired"]["sqnr_per_step"] if trial.evaluation else []
+            name = f"{entry.name}, {trial.sampler}" if several else entry.name
+            if steps:
+                curves.append(Curve(name, [s["timestep"] for s in steps], [s["sqnr"] for s in steps]))
+    return curves
 
 
 def _part(entry: Entry, story: Story, name: str) -> dict[str, Any]:
@@ -86,6 +119,9 @@ def _part(entry: Entry, story: Story, name: str) -> dict[str, Any]:
         "id": name,
         "name": entry.name,
         "bits": story.bits,
+        "widths": story.widths,
+        "widths_figure": widths_figure(story.widths, f"{name}-widths") if story.widths else None,
+        "width_rows": _width_rows(story.widths) if story.widths else [],
         "ranges": _ranges(story.equalized, name),
         "daq_figure": daq_figure(story.choices, f"{name}-daq") if story.choices else None,
         "daq_rows": _daq_rows(story.choices),
@@ -100,8 +136,8 @@ def _part(entry: Entry, story: Story, name: str) -> dict[str, Any]:
         "plan_summary": _plan_summary(story.plan),
         "recipe": _pretty(story.recipe),
         "identity": _pretty({k: v for k, v in story.identity.items() if k not in ("recipe", "plan")}),
-        "evaluation_versions": _pretty(entry.evaluation["versions"]) if entry.evaluation else None,
-        "protocol": table.protocol(entry.evaluation),
+        "evaluation_versions": next((_pretty(t.evaluation["versions"]) for t in entry.trials if t.evaluation), None),
+        "protocol": "; ".join(table.protocol(trial.evaluation) for trial in entry.trials),
         "seed": story.recipe["seed"],
         "costs": [(c.stage, table.seconds_text(c.seconds), table.bytes_text(c.peak_memory)) for c in story.costs],
         "total": table.seconds_text(story.seconds),
@@ -109,9 +145,13 @@ def _part(entry: Entry, story: Story, name: str) -> dict[str, Any]:
     }
 
 
-def _curve(entry: Entry) -> Curve | None:
-    steps = entry.evaluation["paired"]["sqnr_per_step"] if entry.evaluation else []
-    return Curve(entry.name, [s["timestep"] for s in steps], [s["sqnr"] for s in steps]) if steps else None
+def _width_rows(widths: StepWidths) -> list[list[str]]:
+    """A row for every calibration step: timestep, the forward process, each width, and the one that runs."""
+    columns = [widths.forward, *widths.quantized.values()]
+    return [
+        [f"{t:g}", *(table.number(column[i]) for column in columns), str(bits)]
+        for i, (t, bits) in enumerate(zip(widths.timesteps, widths.bits, strict=True))
+    ]
 
 
 def _ranges(layers: Sequence[EqualizedLayer], name: str) -> dict[str, Any] | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -93,6 +95,25 @@ class NoiseFit:
 
 
 @dataclass(frozen=True)
+class StepWidths:
+    """Why each calibration step has its width.
+
+    timesteps: descending; bits: the width that runs; forward: the ratio that a width must exceed; quantized: what each width has.
+    """
+
+    timesteps: Sequence[float]
+    bits: Sequence[int]
+    forward: Sequence[float]
+    quantized: Mapping[int, Sequence[float]]
+
+    @property
+    def runs(self) -> list[tuple[float, float, int, int]]:
+        """Steps in a row with one width: first and last timestep, width, how many steps."""
+        found = [list(rows) for _, rows in groupby(zip(self.timesteps, self.bits, strict=True), key=itemgetter(1))]
+        return [(rows[0][0], rows[-1][0], rows[0][1], len(rows)) for rows in found]
+
+
+@dataclass(frozen=True)
 class StageCost:
     """Wall seconds that a stage took over all its records, and the peak memory of the process by then, bytes."""
 
@@ -108,6 +129,7 @@ class Story:
     recipe: Mapping[str, JSON]
     plan: tuple[LayerGrids, ...]
     identity: Mapping[str, JSON]
+    widths: StepWidths | None
     equalized: Sequence[EqualizedLayer]
     choices: Mapping[str, Sequence[Choice]]
     losses: Sequence[UnitLoss]
@@ -117,8 +139,11 @@ class Story:
 
     @property
     def bits(self) -> str:
-        """As in W4A8."""
-        return f"W{self.recipe['weights']}A{self.recipe['activations']}"
+        """As in W4A8, or W4A4/8 where the width changes by step."""
+        mixed = self.recipe.get("mixed")
+        return (
+            f"W{self.recipe['weights']}A{'/'.join(map(str, mixed['bits'] if mixed else [self.recipe['activations']]))}"
+        )
 
     @property
     def seconds(self) -> float | None:
@@ -138,6 +163,7 @@ def read_story(folder: Path) -> Story:
         recipe=run.identity["recipe"],
         plan=plan,
         identity=run.identity,
+        widths=_widths(run, finished),
         equalized=_equalized(run, finished),
         choices=_choices(run, finished, plan),
         losses=_losses(run, finished),
@@ -152,6 +178,25 @@ def weight_bytes(folder: Path) -> int | None:
     configs = (path for path in folder.glob("*/config.json") if '"quantization_config"' in path.read_text("utf-8"))
     sizes = [file.stat().st_size for config in configs for file in config.parent.glob("*.safetensors")]
     return sum(sizes) if sizes else None
+
+
+def _widths(run: Run, finished: Sequence[str]) -> StepWidths | None:
+    if "widths" not in finished:
+        return None
+    record = _only(run, "widths")
+    tables, timesteps = record.tensors, record.tensors["timesteps"]
+    return StepWidths(
+        timesteps.tolist(),
+        tables["bits"][_groups(run, timesteps)].tolist(),
+        tables["forward"].tolist(),
+        dict(zip(record.meta["widths"], tables["quantized"].tolist(), strict=True)),
+    )
+
+
+def _groups(run: Run, timesteps: Tensor) -> Tensor:
+    """The step group of each calibration step, int64 [steps]."""
+    groups = StepGroups.of(run.identity["recipe"]["step_groups"], timesteps.tolist())
+    return torch.searchsorted(torch.tensor(groups.boundaries), timesteps.float(), right=True)
 
 
 def _equalized(run: Run, finished: Sequence[str]) -> list[EqualizedLayer]:
@@ -188,8 +233,7 @@ def _noise(run: Run, finished: Sequence[str]) -> NoiseFit | None:
     if "correct" not in finished:
         return None
     tables, timesteps = _only(run, "correct").tensors, _only(run, "observe").tensors["timesteps"]
-    groups = StepGroups.of(run.identity["recipe"]["step_groups"], timesteps.tolist())
-    row = torch.searchsorted(torch.tensor(groups.boundaries), timesteps.float(), right=True)
+    row = _groups(run, timesteps)
     tried: Mapping[str, JSON] = (
         _only(run, "temper").meta if "temper" in finished else {"strengths": [], "errors": [], "kept": 1.0}
     )

@@ -53,7 +53,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the table needs of one entry."""
+    """What the table needs of one entry under one way of sampling."""
 
     name: str
     bits: str
@@ -84,7 +84,8 @@ def protocol(evaluation: Mapping[str, JSON] | None) -> str:
     """How an evaluation was made, in words."""
     if evaluation is None:
         return "Not evaluated"
-    return f"N = {evaluation['num']}, seed {evaluation['seed']}, features {evaluation['features']}"
+    how = f"{evaluation['scheduler']}, {evaluation['steps']} steps"
+    return f"{how}, N = {evaluation['num']}, seed {evaluation['seed']}, features {evaluation['features']}"
 
 
 def _float_row(evaluation: Mapping[str, JSON], size: int | None) -> Row:

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from tcaq.errors import UsageError
 from tcaq.spec.base import Spec
+from tcaq.spec.pictures import Picture
 
 Pixels = Annotated[int, Field(ge=1)]
 
@@ -18,8 +19,10 @@ class Conditions(Spec):
 
     `guidance` is the scale of classifier-free guidance, or the one that a distilled model reads. `true_guidance` is for models of
     the second kind that are asked with a negative prompt as well (FLUX): real guidance, in two calls a step. `tokens` is the
-    length to which T5's prompts are padded.
+    length to which T5's prompts are padded. `pictures` are what inpainting starts from, in turn like prompts.
     """
+
+    LATER = ("pictures",)
 
     prompts: tuple[str, ...] = ()
     negative: str | None = None
@@ -29,6 +32,7 @@ class Conditions(Spec):
     height: Pixels | None = None
     width: Pixels | None = None
     tokens: Annotated[int, Field(ge=1)] | None = None
+    pictures: tuple[Picture, ...] = ()
 
     @classmethod
     def with_prompts_of(cls, path: Path | None, **others: object) -> Self:

@@ -57,6 +57,12 @@ class Rule(Spec):
             raise ValueError(f"rule {self.match!r} gives no grid: say why its layers stay float in `reason`")
         return self
 
+    @model_validator(mode="after")
+    def _weights_have_one_width(self) -> Self:
+        if self.weight is not None and self.weight.wider:
+            raise ValueError(f"rule {self.match!r}: a weight has one width for all steps; leave out its `wider`")
+        return self
+
     def applies(self, layer: LayerInfo) -> bool:
         """Whether the rule speaks of this layer."""
         return (not self.kinds or layer.kind in self.kinds) and fnmatchcase(layer.name, self.match)

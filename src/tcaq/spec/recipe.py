@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tcaq.numerics.powerlaw import Alternative
 from tcaq.spec.base import Spec
@@ -75,6 +76,21 @@ class Daq(Spec):
         return 1 if self.octaves is None else max(1, 2**bits // self.octaves)
 
 
+class Gptq(Spec):
+    """Weights rounded with error feedback (GPTQ) in place of rounding to nearest, before any reconstruction; no gradients.
+
+    It sees `inputs` recorded inputs, in batches of `batch`. `damping` is added to the diagonal of each layer's Hessian, as a part
+    of its mean. A layer with more than `width` columns (ours) has errors fed back within runs of as many columns, which bounds
+    memory. `trust` says how firmly reconstruction, if there is any, holds the roundings found; see Alignment.
+    """
+
+    inputs: Positive = 512
+    batch: Positive = 32
+    damping: Annotated[float, Field(gt=0)] = 0.01
+    width: Positive = 4096
+    trust: Fraction = 0.8
+
+
 class Reconstruction(Spec):
     """Block reconstruction: AdaRound and learned step sizes, unit by unit in execution order.
 
@@ -117,6 +133,24 @@ class NetworkFit(Spec):
     def reconstruction(self) -> Reconstruction:
         """The same as options of a unit's fit that decides no rounding and mixes no float inputs in: there are none."""
         return Reconstruction(**self.model_dump(), rounding_rate=0.0, drop=0.0)
+
+
+class Mixed(Spec):
+    """Step-aware mixed precision (PTQD): each step group has the narrowest of these widths whose noise is small enough.
+
+    Small enough is a signal-to-noise ratio of the prediction above that of x_t itself. `snr` "norms" is the paper's ratio, of
+    two-norms; "powers" (ours) squares it, as the ratio that it is compared with is squared, and so finds narrow widths enough more
+    often. Weights keep one width.
+    """
+
+    bits: Annotated[tuple[Bits, ...], Field(min_length=2)] = (4, 8)
+    snr: Literal["norms", "powers"] = "norms"
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        if any(b <= a for a, b in pairwise(self.bits)):
+            raise ValueError(f"bits must ascend strictly, given {self.bits}")
+        return self
 
 
 class Grouping(Spec):
@@ -177,9 +211,10 @@ class Recipe(Spec):
     `layers` "same" plans the same layers whatever the program, "author" those that the authors' own code quantizes.
     `network` (ours) fits the whole denoiser as one unit after the last round, on trajectories of the quantized model;
     `correction` comes last. `linear_inputs` "token" gives the inputs of linear layers a grid for each token, found while it runs.
+    With `mixed` the operands that would have `activations` bits get their width by step group; `activations` is the narrowest.
     """
 
-    LATER = ("linear_inputs",)
+    LATER = ("linear_inputs", "mixed", "gptq")
 
     program: str = "tcaq"
     weights: Bits = 4
@@ -192,15 +227,39 @@ class Recipe(Spec):
     ranges: RangeSearch = RangeSearch()
     tcr: Tcr | None = Tcr()
     daq: Daq | None = Daq()
+    mixed: Mixed | None = None
+    gptq: Gptq | None = None
     grouping: Grouping | None = None
     reconstruction: Reconstruction | None = Reconstruction()
     alignment: Alignment | None = Alignment()
     network: NetworkFit | None = NetworkFit()
     correction: Correction | None = Correction()
-    memory: Annotated[float, Field(gt=0, description="GiB the activation cache may hold before it spills to disk")] = (
-        4.0
-    )
+    memory: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="GiB that trajectories, and the cache of activations, may each hold before they spill to disk",
+        ),
+    ] = 4.0
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _widths_can_change(self) -> Self:
+        if self.mixed is None:
+            return self
+        if self.activations != self.mixed.bits[0]:
+            raise ValueError(
+                f"activations has {self.activations} bits, the narrowest of mixed.bits is {self.mixed.bits[0]}: make them equal"
+            )
+        if self.step_groups == 1:
+            raise ValueError(
+                "widths that change by step need more than one step group: step_groups 'per-step' or a number"
+            )
+        if self.linear_inputs == "token":
+            raise ValueError(
+                "a grid for each token has one width for all steps: leave out linear_inputs 'token' or mixed"
+            )
+        return self
 
     def changed(self, changes: dict[str, Any]) -> Recipe:
         """This recipe with some fields changed, inner ones too. Raises: UsageError listing every value not allowed."""

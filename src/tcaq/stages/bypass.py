@@ -72,11 +72,12 @@ def apply_bypass(denoiser: nn.Module, record: Record) -> None:
             f"{type(denoiser).__name__} has no quantized first layer that is known; leave the bypass out (`bypass`: null)"
         )
     quantizer = cast(AffineQuantizer, entrance.input_quantizer)
-    zero_point = (quantizer.low + quantizer.high + 1) // 2
-    scale = record.tensors["reach"] / (quantizer.high - zero_point)
-    quantizer.set_rows(scale, torch.full_like(scale, zero_point))
+    ends = quantizer.limits
+    zero_point = (ends[0] + ends[1] + 1) // 2
+    scale = record.tensors["reach"] / (ends[1] - zero_point)
+    quantizer.set_rows(scale, torch.as_tensor(zero_point).expand_as(scale))
     quantizer.given = True
-    low, high = (scale * (code - zero_point) for code in (quantizer.low, quantizer.high))
+    low, high = (scale * (code - zero_point) for code in ends)
     (bypass_of(denoiser) or attach_bypass(denoiser)).set_rows(low, high, record.tensors["gain"])
 
 
@@ -84,8 +85,7 @@ def inside(denoiser: nn.Module, trajectories: Trajectories) -> Trajectories:
     """The trajectories as the first layer reads them: what fits may see, for the rest is not theirs to predict."""
     if (bypass := bypass_of(denoiser)) is None:
         return trajectories
-    clipped = []
-    for x, timestep in zip(trajectories.samples, trajectories.timesteps, strict=True):
-        clock_of(denoiser).set(timestep)
-        clipped.append(bypass.inside(x))
-    return replace(trajectories, samples=torch.stack(clipped))
+    clock = clock_of(denoiser)
+    clock.set(trajectories.timesteps)
+    low, high = (table[clock.group] for table in (bypass.low, bypass.high))
+    return replace(trajectories, window=(low, high))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tcaq.models.conditioning import Argument, Conditioning
 from tcaq.models.sampler import record
+from tcaq.models.store import Store
 from tcaq.models.trajectories import Trajectories
 from tcaq.records import Record
 from tcaq.spec.conditions import Conditions
@@ -19,14 +20,17 @@ GIVEN = "given"
 
 
 def collect(
-    pipe: DiffusionPipeline, seeds: Sequence[int], steps: int, conditions: Conditions | None = None, first: int = 0
+    pipe: DiffusionPipeline, seeds: Sequence[int], steps: int, conditions: Conditions | None = None, first: int = 0,
+    store: Store | None = None,
 ) -> Record:  # fmt: skip
     """Record one batch of trajectories: `samples` [calls, images, ...], `timesteps` [calls], `images` uint8.
 
     What conditional models are given beside is `given|path|number`, each distinct value once; which call was given which of
     them, and what is no tensor, is in the meta.
+
+    Args: store: where all of it is put (None: memory).
     """
-    images, trajectories = record(pipe, seeds, steps, conditions, first)
+    images, trajectories = record(pipe, seeds, steps, conditions, first, store)
     tensors = {"samples": trajectories.samples, "timesteps": trajectories.timesteps, "images": images}
     meta: dict[str, Any] = {}
     for path, argument in trajectories.conditioning.arguments.items():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tcaq.layers.modes import faking, floating
 from tcaq.models.correction import attach_correction, channels_second, correction_of
 from tcaq.models.denoiser import clock_of
 from tcaq.models.trajectories import Trajectories, predict
-from tcaq.numerics.correction import fit_noise
+from tcaq.numerics.correction import NoiseModel, fit_noise
 from tcaq.records import Record
 from tcaq.spec.recipe import Correction
 from tcaq.stages.rows import table_rows
@@ -20,19 +20,28 @@ STEEPEST = -0.5
 
 def correct(denoiser: nn.Module, trajectories: Trajectories, spec: Correction) -> Record:
     """Record `slope` [groups], `bias` [groups, channels] and `variance` [groups], float32, of predictions on the same inputs."""
-    with floating(denoiser):
-        original = predict(denoiser, trajectories)
-    with faking(denoiser):
-        quantized = predict(denoiser, trajectories)
     rows = table_rows(clock_of(denoiser).boundaries, trajectories.timesteps)
-    quantized, original = (
-        channels_second(eps.flatten(0, 1)).unflatten(0, eps.shape[:2]) for eps in (quantized, original)
-    )
-    fits = [fit_noise(quantized[steps].flatten(0, 1), original[steps].flatten(0, 1)) for steps in rows.positions]
+    fits = [fit_steps(denoiser, trajectories, steps) for steps in rows.positions]
     tables = {name: torch.stack([getattr(fit, name) for fit in fits]).float() for name in ("slope", "bias", "variance")}
     tables["slope"] = tables["slope"].clamp(min=STEEPEST) * spec.slope
     tables["bias"] = tables["bias"] * spec.bias
     return Record({name: table[rows.of_group] for name, table in tables.items()})
+
+
+def fit_steps(denoiser: nn.Module, trajectories: Trajectories, steps: Tensor) -> NoiseModel:
+    """Fit the noise over some calls, int64 [n], which may repeat; what all calls predict may not fit into memory at once."""
+    calls, place = steps.unique(return_inverse=True)
+
+    def predicted() -> Tensor:
+        eps = predict(denoiser, trajectories, calls.tolist())
+        rows: Tensor = channels_second(eps.flatten(0, 1)).unflatten(0, eps.shape[:2])[place].flatten(0, 1)
+        return rows
+
+    with floating(denoiser):
+        original = predicted()
+    with faking(denoiser):
+        quantized = predicted()
+    return fit_noise(quantized, original)
 
 
 def apply_correction(denoiser: nn.Module, record: Record, strength: float = 1.0) -> None:

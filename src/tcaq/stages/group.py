@@ -12,8 +12,9 @@ from tcaq.quantizers.affine import AffineQuantizer
 from tcaq.records import Record
 from tcaq.spec.recipe import Grouping, RangeSearch
 from tcaq.spec.steps import StepGroups
-from tcaq.stages.reconstruct import draw_inputs
+from tcaq.stages.reconstruct import draw_parts
 from tcaq.stages.scale import affine_operands, apply_input_scales, scale_inputs
+from tcaq.stages.teaching import choose
 
 
 def group(
@@ -34,9 +35,9 @@ def group(
     mixtures = [Mixture(quantizer, start, groups_of_steps) for _, _, quantizer, _ in affine_operands(denoiser)]
     logits = (torch.nn.functional.one_hot(start, int(start.max()) + 1).float() * spec.confidence).requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=spec.rate)
-    inputs = draw_inputs(trajectories, spec.inputs, seed)
+    parts = draw_parts(trajectories, spec.inputs, seed)
     with floating(denoiser), torch.no_grad():
-        targets = torch.cat([part(denoiser) for part in inputs.split(spec.batch)])
+        answers = [torch.cat([batch(denoiser) for batch in part.split(spec.batch)]) for part in parts]
     generator = torch.Generator().manual_seed(seed)
     losses: list[float] = []
     frozen = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
@@ -46,6 +47,8 @@ def group(
         shares = torch.softmax(logits, dim=1)
         for mixture in mixtures:
             mixture.mix(shares)
+        number = choose([len(part) for part in parts], generator)
+        inputs, targets = parts[number], answers[number]
         rows = torch.randint(len(targets), (min(spec.batch, len(targets)),), generator=generator)
         with faking(denoiser):
             error = inputs[rows](denoiser) - targets[rows]

@@ -17,8 +17,7 @@ from tcaq.layers.insert import QuantizedLayer, quantized_layers
 from tcaq.layers.modes import Mode, running
 from tcaq.layers.weighted import QuantizedWeight
 from tcaq.models.denoiser import clock_of
-from tcaq.models.inputs import Inputs
-from tcaq.models.trajectories import Trajectories
+from tcaq.models.trajectories import Drawn, Trajectories
 from tcaq.models.units import Unit
 from tcaq.numerics.shares import quotas
 from tcaq.quantizers.affine import AffineQuantizer
@@ -29,6 +28,7 @@ from tcaq.stages.cache import ActivationCache
 from tcaq.stages.call import Call
 from tcaq.stages.precise import precise
 from tcaq.stages.replay import Replay
+from tcaq.stages.teaching import Lessons, Teaching
 
 CORRECTION = "bias_correction"
 
@@ -52,30 +52,6 @@ class Fit:
         return [layer for _, layer in quantized_layers(unit.module) if layer not in self.settled]
 
 
-@dataclass(frozen=True)
-class Teaching:
-    """What a unit learns from: its inputs in the float and in the quantized stream, the float outputs, and each row's timestep.
-
-    A block of two streams, text and image, puts out two tensors; the error of each counts relative to `sizes`, its mean power.
-    """
-
-    float_inputs: Call
-    inputs: Call
-    targets: list[Tensor]
-    timesteps: Tensor
-
-    def __len__(self) -> int:
-        return len(self.timesteps)
-
-    def distance(self, outputs: list[Tensor], rows: Tensor, power: float) -> Tensor:
-        """Each sample's error over all outputs, float [rows]."""
-        parts = [distance(output, target[rows], power) for output, target in zip(outputs, self.targets, strict=True)]
-        if len(parts) == 1:
-            return parts[0]
-        sizes = [distance(target, torch.zeros_like(target), power).mean().clamp(min=1e-20) for target in self.targets]
-        return torch.stack([part / size for part, size in zip(parts, sizes, strict=True)]).sum(dim=0)
-
-
 class Reconstructor:
     """Fits units one after another over one set of trajectories; each fit depends on the units fitted before it."""
 
@@ -86,10 +62,12 @@ class Reconstructor:
         """Args: how: of every unit, and the seed of the choice of inputs; memory: GiB of activations kept in memory."""
         self.denoiser, self.how = denoiser, how
         self.units = {unit.name: unit for unit in units}
-        inputs = draw_inputs(trajectories, how.spec.inputs, how.seed)
-        self.timesteps = inputs.timestep
+        self.parts = draw_parts(trajectories, how.spec.inputs, how.seed)
         self.cache = ActivationCache(int(memory * 2**30), spill)
-        self.replay = Replay(denoiser, units, inputs.split(how.spec.batch), self.cache)
+        batches = [part.split(how.spec.batch) for part in self.parts]
+        ends = torch.tensor([len(own) for own in batches]).cumsum(0).tolist()
+        self.batches_of = [range(end - len(own), end) for end, own in zip(ends, batches, strict=True)]
+        self.replay = Replay(denoiser, units, [batch for own in batches for batch in own], self.cache)
 
     def __enter__(self) -> Self:
         return self
@@ -102,44 +80,63 @@ class Reconstructor:
     def fit(self, name: str) -> Record:
         """Fit one unit, in float32 whatever the model's dtype, and record its codes, scales, and loss before and after."""
         unit = self.units[name]
-        teaching = self._teaching(unit)
+        lessons = self._lessons(unit)
         with precise(unit.module):
-            return fit(unit, teaching, clock_of(self.denoiser), self.how)
+            return fit(unit, lessons, clock_of(self.denoiser), self.how)
 
-    def _teaching(self, unit: Unit) -> Teaching:
-        float_inputs = self.replay.inputs(unit, Mode.FLOAT).cast(torch.float32)
-        inputs = self.replay.inputs(unit, Mode.FAKE).cast(torch.float32)
+    def _lessons(self, unit: Unit) -> Lessons:
+        numbers = range(len(self.parts))
+        return Lessons(tuple(self._teaching(unit, number) for number in numbers))
+
+    def _teaching(self, unit: Unit, number: int) -> Teaching:
+        batches, timesteps = self.batches_of[number], self.parts[number].timestep
+        float_inputs = self.replay.inputs(unit, Mode.FLOAT, batches).cast(torch.float32)
+        inputs = self.replay.inputs(unit, Mode.FAKE, batches).cast(torch.float32)
         # texts and embeddings reach both streams unchanged: they are kept once
         inputs = inputs.zip(float_inputs, lambda fake, exact: exact if torch.equal(fake, exact) else fake)
         with precise(unit.module), running(unit.module, Mode.FLOAT), torch.no_grad():
-            rows = torch.arange(len(self.timesteps)).split(self.how.spec.batch)
+            rows = torch.arange(len(timesteps)).split(self.how.spec.batch)
             parts = [rows_of(float_inputs, part)(unit.module) for part in rows]
         targets = [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
-        return Teaching(float_inputs, inputs, targets, self.timesteps)
+        return Teaching(float_inputs, inputs, targets, timesteps)
 
 
-def fit(unit: Unit, teaching: Teaching, clock: StepClock, how: Fit) -> Record:
+def fit(unit: Unit, lessons: Lessons, clock: StepClock, how: Fit) -> Record:
     """Fit a unit and record its codes, scales, and loss before and after."""
     generator = torch.Generator().manual_seed(how.seed)
-    before = unit_loss(unit, teaching, clock, how.spec)
+    before = unit_loss(unit, lessons, clock, how.spec)
     if how.spec.schedule == "joint":
-        learn(unit, teaching, clock, how, generator, rounding=True, scales=True)
+        learn(unit, lessons, clock, how, generator, rounding=True, scales=True)
     else:
-        learn(unit, teaching, clock, how, generator, rounding=True, scales=False)
-        learn(unit, teaching, clock, how, generator, rounding=False, scales=True)
-    after = unit_loss(unit, teaching, clock, how.spec)
+        learn(unit, lessons, clock, how, generator, rounding=True, scales=False)
+        learn(unit, lessons, clock, how, generator, rounding=False, scales=True)
+    after = unit_loss(unit, lessons, clock, how.spec)
     return Record(unit_state(unit), {"unit": unit.name, "loss_before": before, "loss_after": after})
 
 
-def time_teaching(unit: Unit, timesteps: Tensor) -> Teaching:
+def time_lessons(unit: Unit, timesteps: Tensor) -> Lessons:
     """For a unit that depends on the timestep alone: every timestep there is, the same in both streams."""
     call = Call.of((timesteps,), {}, len(timesteps))
     with running(unit.module, Mode.FLOAT), torch.no_grad():
-        return Teaching(call, call, call(unit.module), timesteps)
+        return Lessons((Teaching(call, call, call(unit.module), timesteps),))
 
 
-def draw_inputs(trajectories: Trajectories, count: int, seed: int) -> Inputs:
-    """`count` of the recorded inputs, each call as often as its share says, in random order."""
+def draw_parts(trajectories: Trajectories, count: int, seed: int) -> list[Drawn]:
+    """`count` of the recorded inputs, each call as often as its share says, in random order; a part for each form of call."""
+    calls, images = _drawn(trajectories, count, seed)
+    forms = trajectories.conditioning.forms(len(trajectories.timesteps))[calls]
+    return [Drawn(trajectories, calls[forms == form], images[forms == form]) for form in forms.unique()]
+
+
+def draw_inputs(trajectories: Trajectories, count: int, seed: int) -> Drawn:
+    """The same as one part. Raises: UsageError if there are calls of several forms."""
+    calls, images = _drawn(trajectories, count, seed)
+    trajectories.conditioning.check(calls)
+    return Drawn(trajectories, calls, images)
+
+
+def _drawn(trajectories: Trajectories, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The numbers of a call and an image for each drawn input, int64 [n] both."""
     steps, images = trajectories.samples.shape[:2]
     generator = torch.Generator().manual_seed(seed)
     # a random order of the images for each step, of which each step gives as many as its quota from the first on
@@ -147,7 +144,7 @@ def draw_inputs(trajectories: Trajectories, count: int, seed: int) -> Inputs:
     pairs = torch.stack([torch.arange(steps).expand(images, steps), order], dim=-1)
     pairs = pairs[torch.arange(images)[:, None] < quotas(trajectories.shares, count, images)]
     pairs = pairs[torch.randperm(len(pairs), generator=generator)]
-    return trajectories.draw(pairs[:, 0], pairs[:, 1])
+    return pairs[:, 0], pairs[:, 1]
 
 
 def rows_of(call: Call, rows: Tensor) -> Call:
@@ -155,44 +152,42 @@ def rows_of(call: Call, rows: Tensor) -> Call:
     return call.map(lambda value: value[rows])
 
 
-def distance(output: Tensor, target: Tensor, power: float) -> Tensor:
-    """Each sample's p-norm of the error, to the power p: summed over channels, mean over positions; float [batch]."""
-    error = (output - target).abs().pow(power).sum(dim=1)
-    return error.reshape(len(error), -1).mean(dim=1)
-
-
 def quantized_outputs(
-    unit: Unit, teaching: Teaching, clock: StepClock, batch: int
-) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """The unit's outputs as it is now on its quantized inputs, each with the numbers of its rows, batch by batch."""
-    for rows in torch.arange(len(teaching)).split(batch):
+    unit: Unit, lessons: Lessons, clock: StepClock, batch: int
+) -> Iterator[tuple[list[Tensor], int, Tensor]]:
+    """The unit's outputs as it is now on its quantized inputs, each with the number of its part and its rows, batch by batch."""
+    for number, rows in lessons.batches(batch):
+        teaching = lessons.parts[number]
         clock.set(teaching.timesteps[rows])
         with torch.no_grad():
-            yield rows_of(teaching.inputs, rows)(unit.module), rows
+            yield rows_of(teaching.inputs, rows)(unit.module), number, rows
 
 
-def initial_distances(unit: Unit, teaching: Teaching, clock: StepClock, spec: Reconstruction) -> Tensor:
+def initial_distances(unit: Unit, lessons: Lessons, clock: StepClock, spec: Reconstruction) -> tuple[Tensor, ...]:
     """What each input's loss is divided by: the mean before learning over all inputs (`balance` "all") or those of its step group.
 
-    Returns: float [inputs]; never zero.
+    Returns: float [inputs] for each part; never zero.
     """
-    pairs = quantized_outputs(unit, teaching, clock, spec.batch)
-    found = torch.cat([teaching.distance(outputs, rows, spec.power) for outputs, rows in pairs])
+    outputs = quantized_outputs(unit, lessons, clock, spec.batch)
+    found = torch.cat([lessons.parts[number].distance(parts, rows, spec.power) for parts, number, rows in outputs])
+    lengths = [len(part) for part in lessons.parts]
     if spec.balance == "all":
-        return found.mean().clamp(min=1e-20).expand(len(found))
-    clock.set(teaching.timesteps)
+        return tuple(found.mean().clamp(min=1e-20).expand(len(found)).split(lengths))
+    clock.set(lessons.timesteps)
     group = clock.group
     totals = found.new_zeros(clock.count).index_add(0, group, found)
-    return (totals / torch.bincount(group, minlength=clock.count).clamp(min=1))[group].clamp(min=1e-20)
+    means: Tensor = (totals / torch.bincount(group, minlength=clock.count).clamp(min=1))[group].clamp(min=1e-20)
+    return tuple(means.split(lengths))
 
 
-def unit_loss(unit: Unit, teaching: Teaching, clock: StepClock, spec: Reconstruction) -> float:
+def unit_loss(unit: Unit, lessons: Lessons, clock: StepClock, spec: Reconstruction) -> float:
     """Error of the quantized unit on quantized inputs, relative to the mean square of its float output; the mean over outputs."""
-    totals = [0.0] * len(teaching.targets)
-    for outputs, rows in quantized_outputs(unit, teaching, clock, spec.batch):
-        for i, (output, target) in enumerate(zip(outputs, teaching.targets, strict=True)):
+    totals = [0.0] * len(lessons.parts[0].targets)
+    for outputs, number, rows in quantized_outputs(unit, lessons, clock, spec.batch):
+        for i, (output, target) in enumerate(zip(outputs, lessons.parts[number].targets, strict=True)):
             totals[i] += float((output - target[rows]).double().square().sum())
-    powers = [float(target.double().square().sum().clamp(min=1e-30)) for target in teaching.targets]
+    targets = zip(*(part.targets for part in lessons.parts), strict=True)
+    powers = [max(sum(float(part.double().square().sum()) for part in parts), 1e-30) for parts in targets]
     loss = sum(total / power for total, power in zip(totals, powers, strict=True)) / len(totals)
     if not math.isfinite(loss):
         raise NumericalError(f"the quantized output of unit {unit.name!r} is not finite")
@@ -201,7 +196,7 @@ def unit_loss(unit: Unit, teaching: Teaching, clock: StepClock, spec: Reconstruc
 
 def learn(
     unit: Unit,
-    teaching: Teaching,
+    lessons: Lessons,
     clock: StepClock,
     how: Fit,
     generator: torch.Generator,
@@ -214,7 +209,7 @@ def learn(
     rounding = rounding and spec.rounding_rate > 0
     weights = [layer.weight_quantizer for layer in layers if isinstance(layer, QuantizedWeight)] if rounding else []
     count = sum(weight.shape.numel() for weight in weights)
-    initial = initial_distances(unit, teaching, clock, spec)
+    initial = initial_distances(unit, lessons, clock, spec)
     # without this a warm-up would let the loss alone pull held roundings back to the float weight
     warmup = 0.0 if how.trust else spec.warmup
     groups = begin(layers, spec, how.trust, rounding=rounding, scales=scales)
@@ -227,13 +222,14 @@ def learn(
     for parameter in frozen:
         parameter.requires_grad_(False)
     for iteration in range(iterations):
-        rows = torch.randint(len(teaching), (spec.batch,), generator=generator)
+        number, rows = lessons.draw(spec.batch, generator)
+        teaching = lessons.parts[number]
         clock.set(teaching.timesteps[rows])
         inputs = rows_of(teaching.inputs, rows).zip(
             rows_of(teaching.float_inputs, rows), lambda q, f: mixed(q, f, spec.drop, generator)
         )
         error = teaching.distance(inputs(unit.module), rows, spec.power)
-        loss = (error / initial[rows]).mean()
+        loss = (error / initial[number][rows]).mean()
         beta = annealed(iteration, iterations, warmup)
         if weights and beta is not None:
             penalties = [weight.penalty(beta) for weight in weights]

@@ -6,7 +6,7 @@ is computed again. All units together cost one forward pass, however many there 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tcaq.layers.modes import Mode, running
 from tcaq.models.architectures import architecture
-from tcaq.models.inputs import Inputs
+from tcaq.models.trajectories import Drawn
 from tcaq.models.units import Unit
 from tcaq.stages.cache import ActivationCache
 from tcaq.stages.call import Call, join
@@ -34,7 +34,7 @@ class Replay:
     """Passes of a denoiser over fixed batches of inputs, unit by unit."""
 
     def __init__(
-        self, denoiser: nn.Module, units: Sequence[Unit], batches: Sequence[Inputs], cache: ActivationCache
+        self, denoiser: nn.Module, units: Sequence[Unit], batches: Sequence[Drawn], cache: ActivationCache
     ) -> None:  # fmt: skip
         """Args: units: in execution order; batches: what the denoiser is given; cache: for the outputs of units."""
         self.denoiser, self.units, self.batches, self.cache = denoiser, units, batches, cache
@@ -42,9 +42,13 @@ class Replay:
         self._forms: dict[tuple[str, str, int], list[bool] | None] = {}
 
     @torch.no_grad()
-    def inputs(self, unit: Unit, mode: Mode) -> Call:
-        """The arguments that `unit` receives over all batches when the units before it run in `mode`."""
-        return join([self._reach(unit, mode, batch) for batch in range(len(self.batches))])
+    def inputs(self, unit: Unit, mode: Mode, batches: Iterable[int] | None = None) -> Call:
+        """The arguments that `unit` receives when the units before it run in `mode`.
+
+        Args: batches: numbers of those to join, whose texts must be of one length; None: all.
+        """
+        numbers = range(len(self.batches)) if batches is None else batches
+        return join([self._reach(unit, mode, batch) for batch in numbers])
 
     def _reach(self, target: Unit, mode: Mode, batch: int) -> Call:
         inputs = self.batches[batch]
@@ -60,14 +64,18 @@ class Replay:
         def stop(*args: Any, **kwargs: Any) -> Tensor:
             raise _ReachedError(args, kwargs)
 
+        # a module that accelerate moves between devices has a forward of its own already
+        before = [vars(unit.module).get("forward") for unit in self.units]
         for unit in self.units:
             # an instance attribute hides the class's forward until it is deleted again
             unit.module.forward = stop if unit is target else self._replaying(unit, mode, batch)
         try:
             yield
         finally:
-            for unit in self.units:
+            for unit, forward in zip(self.units, before, strict=True):
                 del unit.module.forward
+                if forward is not None:
+                    unit.module.forward = forward
 
     def _replaying(self, unit: Unit, mode: Mode, batch: int) -> Callable[..., Any]:
         original, numbers = unit.module.forward, count()

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from tcaq.layers.insert import quantized_layers
 from tcaq.layers.weighted import QuantizedWeight
-from tcaq.models.denoiser import clock_of
 from tcaq.numerics.ranges import search_range
 from tcaq.quantizers.affine import AffineQuantizer
+from tcaq.quantizers.mixed import row_widths
+from tcaq.quantizers.probability import ProbabilityQuantizer
 from tcaq.records import Record
 from tcaq.spec.recipe import RangeSearch
 from tcaq.stages.observe import mean_squares
-from tcaq.stages.rows import Classes, own_rows, table_rows
+from tcaq.stages.rows import Classes, Rows, own_rows, table_rows
 
 
 def scale_weights(denoiser: nn.Module, ranges: Record, spec: RangeSearch) -> Record:
@@ -60,17 +61,37 @@ def scale_inputs(denoiser: nn.Module, ranges: Record, spec: RangeSearch, classes
 
     Args: classes: which steps share a row, by layer.
     """
-    boundaries, timesteps, shares = clock_of(denoiser).boundaries, ranges.tensors["timesteps"], ranges.tensors["shares"]
     tensors: dict[str, Tensor] = {}
     for name, operand, quantizer, vector in affine_operands(denoiser):
-        rows = table_rows(boundaries, timesteps, shares, classes(name))
-        key, grid = f"{name}|{operand}", quantizer.grid
-        scale, zero_point = search_range(
-            grouped_values(ranges, key, rows.positions, vector), grid.bits, signed=grid.signed, symmetric=grid.symmetric,
-            power=spec.power, candidates=spec.input_candidates,
-        )  # fmt: skip
+        key = f"{name}|{operand}"
+        rows, widths = operand_rows(quantizer, ranges, classes(name))
+        values = grouped_values(ranges, key, rows.positions, vector)
+        scale, zero_point = values.new_ones(len(values)), values.new_zeros(len(values))
+        for bits in widths.unique().tolist():
+            own = widths == bits
+            scale[own], zero_point[own] = search_range(
+                values[own], bits, signed=quantizer.grid.signed, symmetric=quantizer.grid.symmetric, power=spec.power,
+                candidates=spec.input_candidates,
+            )  # fmt: skip
         tensors |= {f"{key}|scale": scale[rows.of_group], f"{key}|zero_point": zero_point[rows.of_group]}
     return Record(tensors)
+
+
+def operand_rows(
+    quantizer: AffineQuantizer | ProbabilityQuantizer, ranges: Record, classes: Tensor | None
+) -> tuple[Rows, Tensor]:
+    """The rows of an operand's table and the width of each, int64 [classes]: a class falls into as many as it has widths.
+
+    Args: classes: of the operand's layer, see Classes.
+    """
+    boundaries, timesteps, widths = quantizer.clock.boundaries, ranges.tensors["timesteps"], row_widths(quantizer)
+    if classes is not None:
+        of_step = widths[torch.searchsorted(boundaries, timesteps.to(boundaries.dtype), right=True)]
+        classes = classes * (int(widths.max()) + 1) + of_step
+    rows = table_rows(boundaries, timesteps, ranges.tensors["shares"], classes)
+    found = torch.full((len(rows.positions),), quantizer.grid.bits)
+    found[rows.of_group] = widths
+    return rows, found
 
 
 def grouped_values(ranges: Record, key: str, positions: Tensor, vector: Tensor | None) -> Tensor:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from tcaq.layers.insert import quantized_layers
-from tcaq.models.denoiser import clock_of
 from tcaq.numerics.affine import fake_quantize
 from tcaq.numerics.log2 import fake_quantize_log2
 from tcaq.numerics.powerlaw import compare
@@ -17,7 +16,8 @@ from tcaq.quantizers.probability import ProbabilityQuantizer
 from tcaq.records import Record
 from tcaq.spec.grid import AdaptiveGrid, ProbabilityGrid
 from tcaq.spec.recipe import Daq, RangeSearch
-from tcaq.stages.rows import Classes, own_rows, table_rows
+from tcaq.stages.rows import Classes, own_rows
+from tcaq.stages.scale import operand_rows
 
 
 def probability_quantizers(denoiser: nn.Module) -> dict[str, ProbabilityQuantizer]:
@@ -34,13 +34,13 @@ def select(
 
     Args: classes: which steps share a row, by layer.
     """
-    boundaries, timesteps, shares = clock_of(denoiser).boundaries, ranges.tensors["timesteps"], ranges.tensors["shares"]
     tensors: dict[str, Tensor] = {}
     choices: dict[str, list[dict[str, Any]]] = {}
     for name, quantizer in probability_quantizers(denoiser).items():
-        rows = table_rows(boundaries, timesteps, shares, classes(name))
+        rows, widths = operand_rows(quantizer, ranges, classes(name))
         samples = ranges.tensors[f"{name}|left|rows"][rows.positions].flatten(1)
-        found = [choose(p, quantizer.grid, spec, search) for p in samples]
+        grids = [quantizer.grid.at(bits) for bits in widths.tolist()]
+        found = [choose(p, grid, spec, search) for p, grid in zip(samples, grids, strict=True)]
         every = [found[i] for i in rows.of_group.tolist()]
         choices[name] = [{"group": group} | every[group] for group in rows.seen]
         for field in ("scale", "peak", "use_log2"):

@@ -1,0 +1,135 @@
+"""docs/results.md, from what the studies left in benchmarks/results.
+
+    python benchmarks/page.py
+
+`quality.py` makes the tables of image quality, `presets.py` that of costs, `make compare` that of all recipes. A part whose
+study has not run yet is left out, and the page says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tcaq.records import read_json
+from tcaq.report.comparison import markdown
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "results.md"
+HEAD = (
+    "| {} | FD | ratio | KID | PSNR dB | SSIM | FD to float | quantizing, min | threads | peak, GiB |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
+)
+PARTS = {
+    "no-tcr": "without TCR",
+    "no-daq": "without DAQ",
+    "no-par": "without PAR: reconstruction on the float model's trajectories only",
+    "no-bypass": "without the bypass",
+    "no-network": "without the fit of the whole denoiser",
+    "no-correction": "without the correction of predicted noise",
+    "none": "without any of these: plain block reconstruction",
+}
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text("\n".join(page()))
+
+
+def page() -> list[str]:
+    """Lines of the page."""
+    found = {path.stem: read_json(path) for path in sorted(RESULTS.glob("*.json"))}
+    lines = ["# Results", "", "Written by `python benchmarks/page.py`; do not edit by hand.", ""]
+    lines += quality(found["quality"]) if "quality" in found else []
+    lines += comparison(found["compare"]) if "compare" in found else []
+    lines += costs(found["presets"]) if "presets" in found else []
+    missing = [name for name in ("quality", "compare", "presets") if name not in found]
+    return [*lines, f"Studies that have not run: {', '.join(missing)}.", ""] if missing else lines
+
+
+def quality(results: Mapping[str, Any]) -> list[str]:
+    """Recipes at four widths, and what each part adds."""
+    done: dict[str, Any] = results["cells"]
+    first = next(iter(done.values()))["evaluation"]
+    recipes = [name for name in done if name.startswith(("minmax", "tcaq"))]
+    lines = [
+        "## Image quality",
+        "",
+        f"`python benchmarks/quality.py`: bundled model, DDIM {results['steps']} steps, {first['num']} images, evaluation seed "
+        f"{first['seed']}, calibration seed 0, preset `{results['preset']}`; Fréchet distance (FD) and KID in the feature space of "
+        f"the bundled classifier. Float model: FD {first['float']['fd']:.2f}, KID {first['float']['kid']:.5f}. "
+        f"Machine: {results['machine']}.",
+        "",
+        "`ratio` is FD over the float model's; `FD to float` is the distance between both models' images. PSNR and SSIM compare "
+        "images of the same seed. Several processes ran beside each other, a thread each, so that the minutes are not those of "
+        "a machine with nothing else to do; those are [below](#what-the-presets-cost) once measured.",
+        "",
+        HEAD.format("recipe"),
+        *(row(name.replace("-", " "), done[name]) for name in sorted(recipes, key=order)),
+        "",
+    ]
+    for bits in ("w6a6", "w4a4"):
+        lines += ablation(bits, done)
+    return lines
+
+
+def order(name: str) -> tuple[str, int]:
+    """Recipe by recipe, wide grids first."""
+    recipe, bits = name.rsplit("-", 1)
+    return recipe, ("w8a8", "w6a6", "w4a8", "w4a4").index(bits)
+
+
+def ablation(bits: str, done: Mapping[str, Any]) -> list[str]:
+    """The whole recipe at a width, and with each part left out; empty if none was."""
+    rows = [row(text, done[f"{part}-{bits}"]) for part, text in PARTS.items() if f"{part}-{bits}" in done]
+    if not rows:
+        return []
+    whole = [row("the whole recipe", done[f"tcaq-{bits}"])] if f"tcaq-{bits}" in done else []
+    return [f"### What each part adds at {bits.upper()}", "", HEAD.format("tcaq"), *whole, *rows, ""]
+
+
+def row(name: str, cell: Mapping[str, Any]) -> str:
+    """A line of a table."""
+    scores = cell["evaluation"]
+    pair = scores["paired"]
+    return (
+        f"| {name} | {scores['quantized']['fd']:.2f} | {scores['ratio']['fd']:.3f} | {scores['quantized']['kid']:.5f} "
+        f"| {pair['psnr']:.2f} | {pair['ssim']:.3f} | {pair['fd_to_float']:.2f} "
+        f"| {cell['quantize_seconds'] / 60:.1f} | {cell['threads']} | {cell['quantize_peak_memory'] / 2**30:.2f} |"
+    )
+
+
+def comparison(results: Mapping[str, Any]) -> list[str]:
+    """All recipes on the same layers."""
+    how = results["protocol"]
+    text = (
+        f"`make compare`: preset `{how['preset']}`, layers `{how['plan']}`, {how['images']} images, {how['steps']} steps, "
+        "each seed calibrated and sampled anew."
+    )
+    return ["## The related systems' recipes", "", text, "", *markdown(results).splitlines(), ""]
+
+
+def costs(presets: Mapping[str, Any]) -> list[str]:
+    """Time and memory of the presets."""
+    rows = [
+        f"| `{name}` | {cost['seconds'] / 60:.1f} | {cost['peak_memory'] / 2**30:.2f} | {cost['threads']} "
+        f"| {', '.join(f'{stage} {seconds:.0f}' for stage, seconds in cost['stages'].items())} |"
+        for name, cost in presets.items()
+    ]
+    return [
+        "## What the presets cost",
+        "",
+        "`python benchmarks/presets.py`: the bundled model at W4A4, nothing else running. "
+        f"Machine: {next(iter(presets.values()))['machine']}.",
+        "",
+        "| preset | minutes | peak, GiB | threads | seconds by stage |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+    ]
+
+
+if __name__ == "__main__":
+    main()

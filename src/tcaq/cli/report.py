@@ -1,0 +1,100 @@
+"""`tcaq report`: a page about one quantized model, under its own scheduler and under others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tcaq.cli import asking as ask
+from tcaq.cli.app import app, console
+from tcaq.cli.evaluate import scores_table
+from tcaq.cli.models import open_float, open_quantized
+from tcaq.cli.progress import stage_progress
+from tcaq.errors import UsageError
+from tcaq.evaluate.evaluate import Evaluation
+from tcaq.evaluate.features import load_features
+from tcaq.evaluate.protocol import Protocol, evaluate
+from tcaq.evaluate.real import load_real
+from tcaq.models.denoiser import find_denoiser
+from tcaq.models.prompting import resolve_conditions
+from tcaq.models.switch import use_scheduler
+from tcaq.recipes.quantize import RUN_FOLDER
+from tcaq.report.page import Entry, Trial, write_report
+from tcaq.runs import OnProgress
+
+SHOWN = 16
+
+
+@app.command("report")
+def report_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `tcaq quantize` wrote.")],
+    reference: Annotated[str, typer.Option(help="The float MODEL it was made from.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The page. [default: DIR/report.html]", show_default=False)
+    ] = None,
+    num: Annotated[int, typer.Option(min=2, help="Images of each model and scheduler.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the images; calibration never draws the same noise.")] = 1,
+    features: Annotated[str, typer.Option(help="reference, inception, dinov2, or module:attribute.")] = "reference",
+    real: Annotated[
+        Path | None, typer.Option(help="Real images (folder) or statistics (.npz), if the extractor brings none.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
+    work: Annotated[Path | None, typer.Option(help="Folder of finished batches. [default: DIR/evaluation]")] = None,
+    schedulers: Annotated[
+        str,
+        typer.Option(help="diffusers schedulers to sample with beside the model's own, with commas between."),
+    ] = "",
+    prompts: ask.PromptsOption = None,
+    negative: ask.NegativeOption = None,
+    labels: ask.LabelsOption = None,
+    guidance: ask.GuidanceOption = None,
+    true_guidance: ask.TrueGuidanceOption = None,
+    size: ask.SizeOption = None,
+    tokens: ask.TokensOption = None,
+    pictures: ask.PicturesOption = None,
+) -> None:
+    """Sample both models, measure, and write one HTML page: quality, images, and what every stage of the run did."""
+    if not (folder / RUN_FOLDER).is_dir():
+        raise UsageError(
+            f"{folder} holds no {RUN_FOLDER} folder to tell of; give the folder that `tcaq quantize` wrote"
+        )
+    extractor = load_features(features)
+    asked = ask.make_conditions(prompts, negative, labels, guidance, true_guidance, size, tokens, pictures)
+    protocol = Protocol(
+        extractor=extractor, work=work or folder / "evaluation", num=num, steps=steps, seed=seed, batch=batch,
+        real=None if real is None else load_real(real, extractor),
+        conditions=resolve_conditions(open_float(reference), asked),
+    )  # fmt: skip
+    names = (None, *filter(None, (part.strip() for part in schedulers.split(","))))
+    with stage_progress() as on_progress:
+        tried = [try_scheduler(folder, reference, name, protocol, on_progress) for name in names]
+    path = output or folder / "report.html"
+    entry = Entry(folder.resolve().name, folder, [trial for _, trial in tried])
+    weights = float_bytes(reference)
+    write_report(path, f"{entry.name}, quantized", [entry], {"model": reference}, float_bytes=weights)
+    for result, _ in tried:
+        console.print(scores_table({entry.name: result}))
+    console.print(f"open {path} in a browser")
+
+
+def float_bytes(model: str) -> int:
+    """Bytes of the float denoiser's weights."""
+    return sum(weight.numel() * weight.element_size() for weight in find_denoiser(open_float(model))[1].parameters())
+
+
+def try_scheduler(
+    folder: Path, reference: str, name: str | None, protocol: Protocol, on_progress: OnProgress
+) -> tuple[Evaluation, Trial]:
+    """Both models under one scheduler; None: their own."""
+    original = use_scheduler(open_float(reference), name)
+    quantized = use_scheduler(open_quantized(folder), name)
+    sampler = f"{type(quantized.scheduler).__name__}, {protocol.steps} steps"
+
+    def prefixed(stage: str, done: int, total: int, resumed: bool) -> None:
+        on_progress(f"{sampler}: {stage}", done, total, resumed)
+
+    result, float_, ours = evaluate(original, quantized, protocol, prefixed)
+    return result, Trial(sampler, result.model_dump(mode="json"), ours.images[:SHOWN], float_.images[:SHOWN])

@@ -1,0 +1,115 @@
+"""What a pipeline gives its denoiser, seen once, and made ready to trace with."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from tcaq.errors import ModelError
+from tcaq.export.interface import DTYPES, FREE, TIMESTEP, Input, Interface
+from tcaq.models.architectures import architecture
+from tcaq.models.denoiser import find_denoiser
+from tcaq.models.inputs import Inputs, inputs_of_call
+from tcaq.models.sampler import sample
+from tcaq.spec.conditions import Conditions
+
+BATCH, TEXT = 2, 7
+
+
+class _CalledError(Exception):
+    """Carries the arguments of the denoiser's first call out of the pipeline."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        super().__init__("denoiser called")
+        self.inputs = inputs
+
+
+@dataclass(frozen=True)
+class Example:
+    """Values to trace with, in the interface's order. All free axes differ in size, so that a trace mixes nothing up."""
+
+    interface: Interface
+    values: tuple[Tensor, ...]
+
+
+def first_call(pipe: DiffusionPipeline) -> Inputs:
+    """What the pipeline gives its denoiser at the first step, under the conditions that it was calibrated on.
+
+    Only what comes before the denoiser runs. Raises: ModelError if it is called with what cannot be recorded.
+    """
+    denoiser = find_denoiser(pipe)[1]
+    shared = frozenset(architecture(denoiser).shared)
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _CalledError(inputs_of_call(module, args, kwargs, shared))
+
+    handle = denoiser.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    try:
+        sample(pipe, (0,), 1, _calibrated(denoiser))
+    except _CalledError as called:
+        return called.inputs
+    finally:
+        handle.remove()
+    raise ModelError(f"{type(pipe).__name__} never called its denoiser")
+
+
+def _calibrated(denoiser: nn.Module) -> Conditions | None:
+    quantizer = getattr(denoiser, "hf_quantizer", None)
+    recipe = {} if quantizer is None else quantizer.quantization_config.recipe
+    asked = recipe.get("calibration", {}).get("conditions")
+    return None if asked is None else Conditions(**asked)
+
+
+def example_of(denoiser: nn.Module, call: Inputs) -> Example:
+    """An example in the shapes of a call.
+
+    Raises: ModelError if the denoiser is given plain values, which a graph would freeze, or a dtype that it cannot take.
+    """
+    if plain := [path for path, value in call.whole.items() if not isinstance(value, Tensor)]:
+        raise ModelError(
+            f"{type(denoiser).__name__} is given {', '.join(plain)}, no tensors, which an exported graph could not vary; leave "
+            "that option of the pipeline off"
+        )
+    names = tuple(inspect.signature(denoiser.forward).parameters)
+    first, known = names[0], FREE.get(type(denoiser).__name__, {})
+    given = {first: call.sample, **call.rows, **call.whole}
+    axes = {name: ({0: "batch"} if name == first or name in call.rows else {}) | known.get(name, {}) for name in given}
+    sizes = _sizes(denoiser)
+    inputs = [Input(name, _dtype(name, value), axes[name]) for name, value in given.items()]
+    values = [i.cast(_resized(given[i.name], {axis: sizes[free] for axis, free in i.free.items()})) for i in inputs]
+    timestep = Input(TIMESTEP, "float32", {}), torch.zeros(1)
+    interface = Interface(names, (inputs[0], timestep[0], *inputs[1:]))
+    return Example(interface, (values[0], timestep[1], *values[1:]))
+
+
+def unconditional_example(denoiser: nn.Module) -> Example:
+    """An example for a denoiser of images that is given nothing but x_t and t."""
+    return example_of(denoiser, Inputs(torch.zeros(1, cast(Any, denoiser).config.in_channels, 8, 8), torch.zeros(1)))
+
+
+def _dtype(name: str, value: Tensor) -> str:
+    found = "float32" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
+    found = "int64" if found.startswith(("int", "uint")) else found
+    if found not in DTYPES:
+        raise ModelError(f"the denoiser's argument {name!r} is of {value.dtype}, which no export holds")
+    return found
+
+
+def _sizes(denoiser: nn.Module) -> dict[str, int]:
+    """A size for each free axis that the denoiser's levels or patches divide."""
+    config = cast(Any, denoiser).config
+    levels = getattr(config, "block_out_channels", None)
+    step = 2 ** (len(levels) - 1) if levels else getattr(config, "patch_size", None) or 1
+    return {"batch": BATCH, "text": TEXT, "tokens": 12, "height": 4 * step, "width": 5 * step}
+
+
+def _resized(value: Tensor, sizes: dict[int, int]) -> Tensor:
+    """Some axes at other sizes, their values repeated from the start."""
+    for axis, size in sizes.items():
+        value = value.index_select(axis, torch.arange(size) % value.shape[axis])
+    return value

@@ -1,0 +1,38 @@
+"""Stand-in for a linear layer whose input has a grid for each token."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from tcaq.export.standin import Dialect, StandIn, Steps
+from tcaq.layers.linear import QuantizedLinear
+from tcaq.quantizers.token import TokenQuantizer
+
+
+class TokenStandIn(StandIn):
+    """Formats take one scale and zero point for all tokens, so that a token's own are applied around its product.
+
+    Attributes: sums: float32 [out], the sum of each output channel's weights.
+    """
+
+    sums: Tensor
+
+    def __init__(self, layer: QuantizedLinear, dialect: Dialect, steps: Steps, vnni: bool) -> None:
+        super().__init__(layer, dialect, steps, clips=dialect.linear_clips and not vnni)
+        self.in_features = layer.in_features
+        self.quantizer, self.middle = cast(TokenQuantizer, layer.input_quantizer), (self.top + 1) // 2
+        codes = layer.weight_quantizer.integers() - layer.weight_quantizer.zero_point.reshape(-1, 1)
+        self.register_buffer("sums", codes.sum(1, dtype=torch.float32) * layer.weight_quantizer.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply `x`, float [..., in]."""
+        scale, zero_point = self.quantizer.grid_of(x, self.equalizer)
+        zero_point, axis, one = zero_point - self.quantizer.low, x.dim() - 1, torch.ones(1)
+        shifted = torch.round(x / (scale * self.equalizer)) + zero_point
+        codes = self.dialect.quantize(shifted, one, torch.zeros(1), self.top, axis)
+        middle = torch.full((1,), float(self.middle))
+        products = self._total(self.dialect.linear(codes, middle, one, self.weight, self.gain), axis)
+        return (products + (self.middle - zero_point) * self.sums) * scale + self.bias

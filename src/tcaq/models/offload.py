@@ -1,0 +1,40 @@
+"""Denoisers whose weights accelerate keeps elsewhere between calls."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from accelerate.hooks import remove_hook_from_module
+from accelerate.utils.modeling import get_state_dict_offloaded_model
+from torch import Tensor, nn
+
+from tcaq.errors import ModelError
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether parts of a module have no data but while they run."""
+    return any(tensor.is_meta for tensor in module.state_dict().values())
+
+
+def bring_back(denoiser: nn.Module) -> None:
+    """Put every weight of an offloaded denoiser on the CPU again, for good: calibration reads weights between calls.
+
+    What moves a whole denoiser to another device and back (`enable_model_cpu_offload`) is no such thing, and stays.
+
+    Raises: ModelError if weights were never loaded.
+    """
+    if not is_offloaded(denoiser):
+        return
+    remove_hook_from_module(denoiser, recurse=True)
+    vars(denoiser).pop("hf_device_map", None)
+    if is_offloaded(denoiser):
+        raise ModelError(
+            f"weights of the {type(denoiser).__name__} are on disk alone; load it without a device_map that puts them there"
+        )
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict, with the data of what is offloaded."""
+    if not is_offloaded(module):
+        return module.state_dict()
+    return cast("dict[str, Tensor]", cast(Any, get_state_dict_offloaded_model)(module))

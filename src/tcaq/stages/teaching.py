@@ -1,0 +1,74 @@
+"""What a unit learns from: its inputs, what the float unit makes of them, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tcaq.stages.call import Call
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What a unit learns from: its inputs in the float and in the quantized stream, the float outputs, and each row's timestep.
+
+    A block of two streams, text and image, puts out two tensors; the error of each counts relative to `sizes`, its mean power.
+    """
+
+    float_inputs: Call
+    inputs: Call
+    targets: list[Tensor]
+    timesteps: Tensor
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def distance(self, outputs: list[Tensor], rows: Tensor, power: float) -> Tensor:
+        """Each sample's error over all outputs, float [rows]."""
+        parts = [distance(output, target[rows], power) for output, target in zip(outputs, self.targets, strict=True)]
+        if len(parts) == 1:
+            return parts[0]
+        sizes = [distance(target, torch.zeros_like(target), power).mean().clamp(min=1e-20) for target in self.targets]
+        return torch.stack([part / size for part, size in zip(parts, sizes, strict=True)]).sum(dim=0)
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """All that a unit learns from, in parts whose rows make common batches.
+
+    There is one part, unless the halves of guidance have texts of unequal length, or arguments that others lack.
+    """
+
+    parts: tuple[Teaching, ...]
+
+    @property
+    def timesteps(self) -> Tensor:
+        """Of every row of every part, in order."""
+        return torch.cat([part.timesteps for part in self.parts])
+
+    def batches(self, size: int) -> Iterator[tuple[int, Tensor]]:
+        """Every row once: the number of its part, and rows there, int64 [at most `size`]."""
+        for number, part in enumerate(self.parts):
+            for rows in torch.arange(len(part)).split(size):
+                yield number, rows
+
+    def draw(self, size: int, generator: torch.Generator) -> tuple[int, Tensor]:
+        """The number of a part, chosen by how many rows it has, and `size` of its rows, with repeats."""
+        number = choose([len(part) for part in self.parts], generator)
+        return number, torch.randint(len(self.parts[number]), (size,), generator=generator)
+
+
+def choose(lengths: list[int], generator: torch.Generator) -> int:
+    """One of several parts, each as likely as it is long; a single one costs no random number."""
+    if len(lengths) == 1:
+        return 0
+    return int(torch.multinomial(torch.tensor(lengths, dtype=torch.float64), 1, generator=generator))
+
+
+def distance(output: Tensor, target: Tensor, power: float) -> Tensor:
+    """Each sample's p-norm of the error, to the power p: summed over channels, mean over positions; float [batch]."""
+    error = (output - target).abs().pow(power).sum(dim=1)
+    return error.reshape(len(error), -1).mean(dim=1)
