@@ -131,9 +131,9 @@ def own_memory() -> int:
     return int(line.split()[1]) * 1024
 
 
-@pytest.fixture()
+@pytest.fixture
 def tensors_come_from_the_system():
-    """What is freed goes back at once; else the C library keeps pieces of it that no other tensor fits into, by chance more or less."""
+    """What is freed goes back at once; else the C library keeps pieces that no other tensor fits into, more or less by chance."""
     threshold, default = -3, 2**17  # M_MMAP_THRESHOLD in malloc.h; what it is until the first large piece is freed
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or not mallopt(threshold, default):
