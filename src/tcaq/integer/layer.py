@@ -16,6 +16,7 @@ from tcaq.layers.conv import QuantizedConv2d
 from tcaq.layers.linear import QuantizedLinear
 from tcaq.layers.modes import Mode, Moded
 from tcaq.layers.weighted import QuantizedWeight
+from tcaq.numerics.bytes import byte_codes
 from tcaq.numerics.integers import SignedCodes
 from tcaq.quantizers.affine import AffineQuantizer
 from tcaq.quantizers.clock import StepClock
@@ -120,10 +121,9 @@ class SteppedLayer(IntegerLayer):
         return self._sum(self._kernel(codes, scale, zero_point, torch.float32)).to(dtype)
 
     def _codes(self, x: Tensor, group: int, shape: Sequence[int]) -> Tensor:
-        """Unsigned codes of x in float; the division is the fake quantizer's, so that the codes are, too."""
+        """Unsigned codes of x, uint8; the division is the fake quantizer's, so that the codes are, too."""
         divisor = (self.scale[group] * self.equalizer).reshape(shape)
-        codes: Tensor = (x / divisor).round_().add_(self._zero_points[group]).clamp_(0, self._tops[group])
-        return codes
+        return byte_codes(x / divisor, self._zero_points[group], self._tops[group])
 
 
 class IntegerConv2d(SteppedLayer):
@@ -138,8 +138,8 @@ class IntegerConv2d(SteppedLayer):
     def _run(self, x: Tensor, group: int) -> Tensor:
         if any(self._padded):
             x = pad(x, self._padded, mode=self._padding_mode)
-        codes = self._codes(x, group, (1, -1, 1, 1)).to(torch.uint8, memory_format=torch.channels_last)
-        return self._multiply(codes, group, x.dtype)
+        codes = self._codes(x, group, (1, -1, 1, 1))
+        return self._multiply(codes.contiguous(memory_format=torch.channels_last), group, x.dtype)
 
 
 class IntegerLinear(SteppedLayer):
@@ -150,7 +150,7 @@ class IntegerLinear(SteppedLayer):
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
     def _run(self, x: Tensor, group: int) -> Tensor:
-        codes = self._codes(x, group, (-1,)).to(torch.uint8).reshape(-1, self.in_features)
+        codes = self._codes(x, group, (-1,)).reshape(-1, self.in_features)
         return self._multiply(codes, group, x.dtype).reshape(*x.shape[:-1], self.out_features)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from tcaq.integer.backend import Kernel
 from tcaq.integer.layer import IntegerLayer
 from tcaq.layers.linear import QuantizedLinear
+from tcaq.numerics.bytes import byte_codes
 from tcaq.numerics.integers import SignedCodes
 from tcaq.quantizers.token import TokenQuantizer
 
@@ -39,11 +40,10 @@ class IntegerTokenLinear(IntegerLayer):
         """Multiply `x`, float [..., in]. Raises: CheckpointError in float mode."""
         self.check_mode()
         scale, zero_point = self.quantizer.grid_of(x, self.equalizer)
-        codes = (x / (scale * self.equalizer)).round_().add_(zero_point).sub_(self.quantizer.low).clamp_(0, self.top)
-        rows = codes.to(torch.uint8).reshape(-1, self.in_features)
-        products = self._kernel(rows, 1.0, self.middle, torch.float32)
+        unsigned = zero_point - self.quantizer.low
+        codes = byte_codes(x / (scale * self.equalizer), unsigned, self.top).reshape(-1, self.in_features)
+        products = self._kernel(codes, 1.0, self.middle, torch.float32)
         products = products if self.is_plain else self._sum(products)
         products = products.reshape(*x.shape[:-1], self.out_features)
-        offset = self.middle + self.quantizer.low - zero_point
-        products = torch.addcmul(products, offset, self.sums).mul_(scale)
+        products = torch.addcmul(products, self.middle - unsigned, self.sums).mul_(scale)
         return (products if self.bias is None else products.add_(self.bias)).to(x.dtype)

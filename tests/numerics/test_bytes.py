@@ -1,0 +1,34 @@
+"""Bytes of codes against a loop over whole numbers of any size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tcaq.numerics.bytes import byte_codes
+
+UNITS = st.floats(min_value=-(2.0**100), max_value=2.0**100, width=32)
+
+
+@given(st.lists(UNITS, min_size=1, max_size=40), st.integers(0, 255), st.integers(3, 255))
+def test_bytes_are_clamped_whole_numbers(units, zero_point, top):
+    found = byte_codes(torch.tensor(units), zero_point, top)
+    assert found.dtype == torch.uint8
+    assert found.tolist() == [min(max(round(u) + zero_point, 0), top) for u in units]
+
+
+def test_halves_go_to_the_even_number():
+    assert byte_codes(torch.tensor([-1.5, -0.5, 0.5, 1.5, 2.5]), 4, 255).tolist() == [2, 4, 4, 6, 6]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_each_row_has_its_zero_point_and_the_order_in_memory_stays(channels_last):
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    units = (300 * torch.randn(4, 3, 5, 6, generator=torch.Generator().manual_seed(0))).to(memory_format=form)
+    zero_points = torch.tensor([0.0, 7.0, 128.0, 255.0]).reshape(4, 1, 1, 1)
+    expected = (units.double().round() + zero_points).clamp(0, 200)
+    found = byte_codes(units.clone(), zero_points, 200)
+    assert torch.equal(found.double(), expected)
+    assert found.is_contiguous(memory_format=form)
