@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from tcaq.allocator import release_freed_memory
 from tcaq.errors import UsageError
 from tcaq.integer.backend import Backend
 from tcaq.integer.build import NoKernel, integer_layer
@@ -93,6 +94,7 @@ def lower(pipe: DiffusionPipeline, products: Products = "plan") -> Lowering:
     done = [_lower(denoiser, name, layer, cast(Backend, backend), products) for name, layer in layers.items()]
     if products == "fused":
         _fuse(denoiser)
+    _leave_file(denoiser)
     if (quantizer := getattr(denoiser, "hf_quantizer", None)) is not None:
         denoiser.hf_quantizer = LoweredQuantizer(quantizer.quantization_config)
     return Lowering(tuple(done))
@@ -106,9 +108,16 @@ def _lower(
     try:
         with torch.no_grad():
             replace(denoiser, name, integer_layer(layer, backend))
+        release_freed_memory()  # what packing left behind, layer by layer, would come to as much again as the weights
     except NoKernel as problem:
         return LayerExecution(name, "fake", str(problem))
     return LayerExecution(name, "integer")
+
+
+def _leave_file(denoiser: nn.Module) -> None:
+    """Copy what is left of the checkpoint: each of its tensors would hold the whole mapped file, codes and all, in memory."""
+    for tensor in (*denoiser.parameters(), *denoiser.buffers()):
+        tensor.data = tensor.detach().clone()
 
 
 def _fuse(denoiser: nn.Module) -> None:
