@@ -2,8 +2,8 @@
 
     python benchmarks/page.py
 
-`quality.py` makes the tables of image quality, `presets.py` that of costs, `make compare` that of all recipes. A part whose
-study has not run yet is left out, and the page says so.
+`quality.py` makes the tables of image quality, `presets.py` that of costs, `make compare` that of all recipes, `speed.py` those
+of speed and the figure beside them. A part whose study has not run yet is left out, and the page says so.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from growth import TITLES, draw, ratios
 
 from tcaq.records import read_json
 from tcaq.report.comparison import markdown
@@ -45,7 +47,8 @@ def page() -> list[str]:
     lines += quality(found["quality"]) if "quality" in found else []
     lines += comparison(found["compare"]) if "compare" in found else []
     lines += costs(found["presets"]) if "presets" in found else []
-    missing = [name for name in ("quality", "compare", "presets") if name not in found]
+    lines += speed(found["speed"]) if "speed" in found else []
+    missing = [name for name in ("quality", "compare", "presets", "speed") if name not in found]
     return [*lines, f"Studies that have not run: {', '.join(missing)}.", ""] if missing else lines
 
 
@@ -88,6 +91,70 @@ def ablation(bits: str, done: Mapping[str, Any]) -> list[str]:
         return []
     whole = [row("the whole recipe", done[f"tcaq-{bits}"])] if f"tcaq-{bits}" in done else []
     return [f"### What each part adds at {bits.upper()}", "", HEAD.format("tcaq"), *whole, *rows, ""]
+
+
+def speed(results: Mapping[str, Any]) -> list[str]:
+    """Real execution of both models, and how it changes as work grows."""
+    first = results["cifar10"]["w4a4"]["table"]["ours"]
+    lines = [
+        "## Speed, memory and size",
+        "",
+        f"`python benchmarks/speed.py`: `tcaq bench` on {first['processor']}, {'with' if first['vnni'] else 'without'} VNNI, "
+        f"{first['threads']} threads, nothing else running; batch 8, medians of {first['settings']['repeat']} repetitions in turn. "
+        "Contenders from one row of fp32 to the next ran in turn, and ratios are within such a part. Memory: peak of "
+        "loading the model and sampling one image, beyond the interpreter and its libraries. PSNR: to the float model's images, "
+        f"{first['settings']['steps']} steps; with random weights it says only that nobody wins by computing something else.",
+        "",
+    ]
+    for name, title in TITLES.items():
+        for width, cell in results.get(name, {}).items():
+            if "table" in cell:
+                lines += [
+                    f"### {title}, {width.upper().replace('-SYM', ', sym').replace('METRIC', 'metric weights')}",
+                    "",
+                ]
+                lines += [*race(cell["table"], cell["memory"]), ""]
+    return [*lines, *grown(results)]
+
+
+def race(table: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
+    """A line for each contender, part after part."""
+    memories = {row["name"]: row["memory"] for row in held["rows"]}
+    lines = ["| model | ms a step | times fp32 | PSNR dB | memory, MiB | file, MiB |", "|---|---|---|---|---|---|"]
+    for part in table.values():
+        (base,) = part["rows"][0]["seconds"].values()
+        for row in part["rows"]:
+            if row["problem"] is None:
+                (seconds,) = row["seconds"].values()
+                psnr = "" if row["psnr"] is None else f"{row['psnr']:.1f}"
+                memory, size = (f"{n / 2**20:.1f}" if n else "" for n in (memories.get(row["name"]), row["size"]))
+                lines.append(
+                    f"| {row['name']} | {1e3 * seconds:.1f} | {base / seconds:.2f} | {psnr} | {memory} | {size} |"
+                )
+            else:
+                lines.append(f"| {row['name']} | {row['problem']} | | | | |")
+    return lines
+
+
+def grown(results: Mapping[str, Any]) -> list[str]:
+    """The figure, and where integers stop paying; empty if that was not measured."""
+    models = {
+        name: results[name]["w4a4"]["growth"] for name in TITLES if "growth" in results.get(name, {}).get("w4a4", {})
+    }
+    if not models:
+        return []
+    draw(results, "w4a4", PAGE.parent / "images" / "growth.png")
+    lines = ["### As work grows, W4A4", "", "![times as fast as fp32 over batch and size](images/growth.png)", ""]
+    for name, growth in models.items():
+        for axis, curves in ratios(growth).items():
+            slow = [str(number) for number, ratio in curves["integer"].items() if ratio < 1]
+            where = f"does not pay at {', '.join(slow)}" if slow else "pays throughout"
+            lines.append(f"- {TITLES[name]}, by {axis}: `integer` {where} ({_span(curves['integer'])} times fp32).")
+    return [*lines, ""]
+
+
+def _span(curve: Mapping[int, float]) -> str:
+    return f"{min(curve.values()):.2f} to {max(curve.values()):.2f}"
 
 
 def row(name: str, cell: Mapping[str, Any]) -> str:

@@ -79,6 +79,12 @@ def test_plan_prints_the_table_without_running(folders):
     assert "conv_in" in invoke("plan", root / "float").stdout
 
 
+def test_plan_takes_step_groups_where_a_recipe_has_one(folders):
+    command = ("plan", folders[0] / "float", "--recipe", "minmax", "--step-bits", "4,8")
+    assert "more than one step group" in " ".join(invoke(*command).stderr.split())
+    assert "auint4|8" in invoke(*command, "--step-groups", "per-step").stdout
+
+
 def test_plan_names_the_widths_that_a_step_may_have(folders):
     root, _ = folders
     result = invoke("plan", root / "float", "--step-bits", "8,3", "--json")

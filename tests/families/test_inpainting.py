@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline
+from diffusers import DDIMScheduler, FluxInpaintPipeline, StableDiffusionInpaintPipeline
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -13,12 +16,18 @@ import tcaq
 from tcaq.cli import app
 from tcaq.errors import UsageError
 from tcaq.export.example import example_of, first_call
+from tcaq.models.card import card
+from tcaq.models.config import TcaqConfig
 from tcaq.models.inpainting import masks
-from tcaq.models.prompting import resolve_conditions
+from tcaq.models.prompting import call_options, resolve_conditions
 from tcaq.models.sampler import record, sample
 from tcaq.models.trajectories import predict
+from tcaq.recipes.presets import preset_recipe
+from tcaq.recipes.quantize import identity, outcome, with_conditions
 from tcaq.spec.conditions import Conditions
 from tcaq.spec.pictures import pictures_in
+from tcaq.spec.plan import ResolvedPlan
+from tcaq.spec.steps import StepGroups
 
 from .tiny import clip, clip_encoder, conditional_unet, kl_decoder
 
@@ -87,9 +96,45 @@ def test_quantized_and_sampled_on_the_command_line(folder, conditions):
     result = CliRunner().invoke(app, [str(a) for a in command])
     assert result.exit_code == 0, result.output
     assert len(list((folder / "out").iterdir())) == 2
-    example = example_of(loaded.unet, first_call(loaded))  # what an export would be traced with
+    with moved(folder / "pictures"):  # as on another machine
+        example = example_of(loaded.unet, first_call(loaded))  # what an export would be traced with
     assert example.interface.names == ["sample", "timestep", "encoder_hidden_states"]
     assert example.values[0].shape == (2, 9, 8, 10)
+
+
+@contextmanager
+def moved(path):
+    away = path.rename(path.with_name("away"))
+    yield away
+    away.rename(path)
+
+
+def test_the_card_tells_of_pictures_and_not_of_folders(folder, conditions):
+    pipe, recipe = inpainting(), preset_recipe("tcaq", "fast", calibration={"conditions": conditions.model_dump()})
+    recipe = outcome(with_conditions(pipe, recipe))
+    assert str(folder) not in str(recipe)
+    text = card(pipe, TcaqConfig(plan=ResolvedPlan(layers=()), groups=StepGroups(), recipe=recipe), "", {})
+    assert "pipeline_tag: image-to-image" in text
+    assert "sampled from the model itself: into 2 pictures" in text
+
+
+def test_what_encodes_pictures_is_part_of_a_run_and_their_folder_is_not(folder, conditions):
+    def who(pipe, asked):
+        recipe = with_conditions(pipe, preset_recipe("tcaq", "fast", calibration={"conditions": asked.model_dump()}))
+        return identity(pipe, recipe, ResolvedPlan(layers=()), judged=False)
+
+    pipe, other = inpainting(), inpainting()
+    torch.nn.init.zeros_(other.vae.encoder.conv_in.weight)
+    assert who(pipe, conditions) != who(other, conditions)
+    with moved(folder / "pictures") as away:
+        assert who(pipe, conditions.model_copy(update={"pictures": pictures_in(away)})) == who(pipe, conditions)
+
+
+def test_pipelines_that_begin_half_way_are_asked_for_every_step(conditions):
+    takes = inspect.signature(FluxInpaintPipeline.__call__).parameters
+    assert takes["strength"].default < 1
+    pipe = inpainting()
+    assert call_options(pipe, resolve_conditions(pipe, conditions), (0,))["strength"] == 1.0
 
 
 def test_pictures_are_needed_and_are_those_that_were_chosen(folder, conditions, tmp_path):
@@ -100,9 +145,11 @@ def test_pictures_are_needed_and_are_those_that_were_chosen(folder, conditions, 
         pictures_in(tmp_path)
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_text("no picture")
-    first, second = pictures_in(tmp_path)
-    with pytest.raises(UsageError, match="holds no picture that can be read"):
-        sample(pipe, (1,), 1, conditions.model_copy(update={"pictures": (second,)}))
+    (tmp_path / "c.png").write_bytes((tmp_path / "a.png").read_bytes()[:-30])  # as a full disk would leave it
+    first, *others = pictures_in(tmp_path)
+    for other in others:
+        with pytest.raises(UsageError, match="holds no picture that can be read"):
+            sample(pipe, (1,), 1, conditions.model_copy(update={"pictures": (other,)}))
     Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
     with pytest.raises(UsageError, match="another picture than the one that was chosen"):
         sample(pipe, (1,), 1, conditions.model_copy(update={"pictures": (first,)}))

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from diffusers import AutoModel
 
 import tcaq
@@ -116,10 +117,17 @@ def test_a_device_map_places_a_checkpoint_and_the_disk_is_refused(tmp_path):
 
 
 def test_weights_that_were_never_loaded_are_said():
-    with torch.device("meta"):
-        layer = torch.nn.Linear(2, 2)
-    with pytest.raises(ModelError, match="weights of the Linear are on disk alone"):
-        bring_back(layer)
+    pipe = pipeline_of("dit")
+    pipe.transformer.to("meta")
+    with pytest.raises(ModelError, match="weights of the DiTTransformer2DModel are on disk alone"):
+        bring_back(pipe)
+
+
+def test_calibration_with_parts_on_another_device_is_refused():
+    pipe = pipeline_of("dit")
+    add_hook_to_module(pipe.vae, AlignDevicesHook(execution_device="meta"))
+    with pytest.raises(ModelError, match=r"vae is moved to meta for each call.*remove_all_hooks"):
+        tcaq.quantize(pipe, recipe("dit"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator to offload from")

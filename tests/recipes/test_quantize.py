@@ -58,6 +58,7 @@ def test_with_no_memory_to_speak_of_every_record_is_the_same(done, tiny_pipeline
         for (_, one), (_, other) in zip(*(run.results(name) for run in runs), strict=True):
             assert Record(one.tensors).digest == Record(other.tensors).digest, name
     assert not list((tmp_path / "out" / "run").glob(".trajectories-*"))
+    quantize(tiny_pipeline(), small(memory=1.0), tmp_path / "out")  # goes on with another budget: it changes nothing
 
 
 def test_checkpoint_loads_through_diffusers_and_is_the_model_in_memory(done):

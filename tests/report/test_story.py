@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from tcaq.errors import RunError
+from tcaq.records import Record
 from tcaq.report import Entry
 from tcaq.report.story import Choice, Score, StageCost, UnitLoss, imbalance, read_story, spread, weight_bytes
+from tcaq.runs import Run
+from tcaq.spec.recipe import Recipe
 from tests.report.conftest import CONV, FD, FORWARD, LOSSES, MIX, NARROW, TIMESTEPS, WIDE, R, plan
 
 MAXIMA = [[1.0, 4.0, 8.0, 3.0], [1.0, 4.0, 16.0, 3.0], [1.0, 2.0, 8.0, 3.0]]
@@ -43,6 +46,21 @@ def test_every_stage_of_a_whole_run(whole: Callable[..., Entry]) -> None:
         StageCost("collect/0", 10.5, 5e8), StageCost("observe", 4.25, 6e8), StageCost("reconstruct/0", 70.0, 8e8)
     ]  # fmt: skip
     assert (story.bits, story.seconds, story.plan) == ("W4A8", 84.75, plan().layers)
+
+
+def test_the_two_calls_of_guidance_are_one_step(tmp_path: Path) -> None:
+    recipe = Recipe(step_groups="per-step").model_dump(mode="json")
+    tables = {
+        "timesteps": torch.tensor([900.0, 900.0, 100.0, 100.0]), "bits": torch.tensor([8, 4]),
+        "forward": torch.tensor([0.5, 0.5, 3.0, 3.0]).double(),
+        "quantized": torch.tensor([[7.0, 2.0, 1.0, 9.0], [70.0, 20.0, 10.0, 90.0]]).double(),
+    }  # fmt: skip
+    with Run.open(tmp_path / "run", {"recipe": recipe, "plan": {"layers": []}}) as run:
+        run.step("widths", lambda: Record(tables, {"widths": [4, 8]}), lambda r: r)
+    widths = read_story(tmp_path).widths
+    assert widths is not None
+    assert widths.runs == [(900.0, 900.0, 4, 1), (100.0, 100.0, 8, 1)]
+    assert (widths.forward, widths.quantized) == ([0.5, 3.0], {4: [2.0, 1.0], 8: [20.0, 10.0]})
 
 
 def test_a_run_without_optional_stages(bare: Callable[..., Entry]) -> None:

@@ -17,6 +17,7 @@ def plan_command(
     recipe: opt.RecipeOption = "tcaq",
     weights: opt.WeightsOption = None,
     activations: opt.ActivationsOption = None,
+    step_groups: opt.GroupsOption = None,
     no_daq: opt.NoDaqOption = False,
     plan: opt.PlanOption = "same",
     linear_inputs: opt.LinearInputsOption = None,
@@ -25,7 +26,7 @@ def plan_command(
 ) -> None:
     """Print which grid every layer of MODEL would get, and which layers stay float and why."""
     spec = opt.make_recipe(
-        recipe, "full", weights=weights, activations=activations, steps=None, samples=None, step_groups=None,
+        recipe, "full", weights=weights, activations=activations, steps=None, samples=None, step_groups=step_groups,
         rounds=None, seed=0, memory=None, plan=plan, left_out=["daq"] if no_daq else [], linear_inputs=linear_inputs,
         step_bits=step_bits,
     )  # fmt: skip

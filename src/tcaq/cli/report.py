@@ -61,14 +61,17 @@ def report_command(
         raise UsageError(
             f"{folder} holds no {RUN_FOLDER} folder to tell of; give the folder that `tcaq quantize` wrote"
         )
+    names = (None, *filter(None, (part.strip() for part in schedulers.split(","))))
+    original = open_float(reference)
+    for name in names:
+        use_scheduler(original, name)  # a wrong name must not come up after the first was sampled
     extractor = load_features(features)
     asked = ask.make_conditions(prompts, negative, labels, guidance, true_guidance, size, tokens, pictures)
     protocol = Protocol(
         extractor=extractor, work=work or folder / "evaluation", num=num, steps=steps, seed=seed, batch=batch,
         real=None if real is None else load_real(real, extractor),
-        conditions=resolve_conditions(open_float(reference), asked),
+        conditions=resolve_conditions(original, asked),
     )  # fmt: skip
-    names = (None, *filter(None, (part.strip() for part in schedulers.split(","))))
     with stage_progress() as on_progress:
         tried = [try_scheduler(folder, reference, name, protocol, on_progress) for name in names]
     path = output or folder / "report.html"

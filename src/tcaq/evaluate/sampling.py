@@ -77,7 +77,7 @@ def _identity(
     return {
         "weights": weights_hash(find_denoiser(pipe)[1]), "pipeline": type(pipe).__name__, "scheduler": sampler_identity(pipe),
         "steps": steps, "seed": seed, "batch": batch, "versions": versions(),
-    } | asked | conditioners(pipe)  # fmt: skip
+    } | asked | conditioners(pipe, decoders=True)  # fmt: skip
 
 
 def _name(identity: dict[str, object]) -> str:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import Tensor, nn
 
 from tcaq.errors import ModelError
@@ -17,8 +20,10 @@ from tcaq.models.denoiser import find_denoiser
 from tcaq.models.inputs import Inputs, inputs_of_call
 from tcaq.models.sampler import sample
 from tcaq.spec.conditions import Conditions
+from tcaq.spec.pictures import Picture
 
 BATCH, TEXT = 2, 7
+STEPS, PICTURE = 50, 64
 
 
 class _CalledError(Exception):
@@ -40,9 +45,12 @@ class Example:
 def first_call(pipe: DiffusionPipeline) -> Inputs:
     """What the pipeline gives its denoiser at the first step, under the conditions that it was calibrated on.
 
-    Only what comes before the denoiser runs. Raises: ModelError if it is called with what cannot be recorded.
+    Only what comes before the denoiser runs; shapes count, so that a blank picture stands for those of the calibration. Raises:
+    ModelError if it is called with what cannot be recorded.
     """
     denoiser = find_denoiser(pipe)[1]
+    quantizer = getattr(denoiser, "hf_quantizer", None)
+    calibration = {} if quantizer is None else quantizer.quantization_config.recipe.get("calibration", {})
     shared = frozenset(architecture(denoiser).shared)
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -50,7 +58,9 @@ def first_call(pipe: DiffusionPipeline) -> Inputs:
 
     handle = denoiser.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
-        sample(pipe, (0,), 1, _calibrated(denoiser))
+        with TemporaryDirectory(prefix="tcaq-blank-") as folder:
+            # some schedulers and pipelines cannot do with a single step
+            sample(pipe, (0,), calibration.get("steps", STEPS), _blank(calibration.get("conditions"), Path(folder)))
     except _CalledError as called:
         return called.inputs
     finally:
@@ -58,11 +68,13 @@ def first_call(pipe: DiffusionPipeline) -> Inputs:
     raise ModelError(f"{type(pipe).__name__} never called its denoiser")
 
 
-def _calibrated(denoiser: nn.Module) -> Conditions | None:
-    quantizer = getattr(denoiser, "hf_quantizer", None)
-    recipe = {} if quantizer is None else quantizer.quantization_config.recipe
-    asked = recipe.get("calibration", {}).get("conditions")
-    return None if asked is None else Conditions(**asked)
+def _blank(asked: dict[str, Any] | None, folder: Path) -> Conditions | None:
+    """What calibration asked for, with a blank picture in place of its own, which may be on another machine."""
+    if asked is None or not asked.get("pictures"):
+        return None if asked is None else Conditions(**asked)
+    path = folder / "blank.png"
+    Image.new("RGB", (PICTURE, PICTURE)).save(path)
+    return Conditions(**(asked | {"pictures": (Picture.of(path),)}))
 
 
 def example_of(denoiser: nn.Module, call: Inputs) -> Example:

@@ -45,11 +45,12 @@ def card(pipe: DiffusionPipeline, config: TcaqConfig, source: str, known: dict[s
     base = known.get("base_model") if Path(source).exists() or not source else source
     recipe = config.recipe
     calibration = recipe.get("calibration", {})
-    text = bool((calibration.get("conditions") or {}).get("prompts"))
+    asked = calibration.get("conditions") or {}
+    made_from = "image-to-image" if asked.get("pictures") else "text-to-image" if asked.get("prompts") else None
     data = ModelCardData(
         library_name="diffusers", tags=["tcaq", "quantized", "diffusion"], base_model=base,
         base_model_relation="quantized" if base else None,
-        pipeline_tag="text-to-image" if text else "unconditional-image-generation",
+        pipeline_tag=made_from or "unconditional-image-generation",
         **{field: known[field] for field in CARRIED if field in known},
     )  # fmt: skip
     half = "" if config.dtype == "float32" else f", torch_dtype=torch.{config.dtype}"
@@ -91,7 +92,7 @@ def calibration_rows(config: TcaqConfig, calibration: dict[str, Any]) -> list[st
     asked = calibration.get("conditions") or {}
     rows = [
         f"- {calibration.get('images', '?')} images of {calibration.get('steps', '?')} steps, sampled from the model itself: "
-        "no other data",
+        + (f"into {len(asked['pictures'])} pictures" if asked.get("pictures") else "no other data"),
         f"- {config.groups.count} step groups",
     ]
     rows += [f"- activations by step group: {width_counts(config)}"] if config.step_bits else []

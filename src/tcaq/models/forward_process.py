@@ -34,10 +34,12 @@ class ForwardProcess:
 def forward_process(pipe: DiffusionPipeline) -> ForwardProcess:
     """That of a pipeline's scheduler. Raises: UsageError if it is of another kind, as in flow matching."""
     scheduler: Any = pipe.scheduler
-    table, kind = getattr(scheduler, "alphas_cumprod", None), scheduler.config.get("prediction_type", "epsilon")
+    table, known = getattr(scheduler, "alphas_cumprod", None), scheduler.config.get("prediction_type")
+    kind = known or "epsilon"
     if not isinstance(table, Tensor) or kind not in get_args(Prediction):
+        predicts = f" (it predicts: {known})" if known else ""
         raise UsageError(
-            f"{type(scheduler).__name__} has no signal-to-noise ratio by timestep to choose widths by (it predicts: {kind}); "
+            f"{type(scheduler).__name__} has no signal-to-noise ratio by timestep to choose widths by{predicts}; "
             "leave out --step-bits (`mixed`: null)"
         )
     return ForwardProcess(table.double().cpu(), cast(Prediction, kind))

@@ -14,7 +14,7 @@ from tcaq.models.load import weights_hash
 TOLD_APART = ("DDIMScheduler", "DDPMScheduler")
 """Schedulers whose configs differ in their fields; others may share one."""
 DECODERS = ("vae", "vqvae", "safety_checker", "feature_extractor")
-"""Parts that come after the last step and leave trajectories alone."""
+"""Parts that come after the last step: images are made by them, trajectories are not, save those that start from a picture."""
 
 
 def sampler_identity(pipe: DiffusionPipeline) -> dict[str, Any]:
@@ -29,9 +29,12 @@ def _json(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def conditioners(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """Hashes of the networks that make conditions, such as text encoders, under one key; empty where there are none."""
-    denoiser = find_denoiser(pipe)[0]
+def conditioners(pipe: DiffusionPipeline, decoders: bool = False) -> dict[str, Any]:
+    """Hashes of the networks that make conditions, such as text encoders, under one key; empty where there are none.
+
+    Args: decoders: those that make images, too: where images count, or pictures are encoded by them.
+    """
+    left_out = (find_denoiser(pipe)[0], *(() if decoders else DECODERS))
     networks = {name: part for name, part in sorted(pipe.components.items()) if isinstance(part, nn.Module)}
-    found = {name: weights_hash(part) for name, part in networks.items() if name not in (denoiser, *DECODERS)}
+    found = {name: weights_hash(part) for name, part in networks.items() if name not in left_out}
     return {"conditioners": found} if found else {}

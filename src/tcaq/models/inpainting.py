@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from tcaq.errors import UsageError
 from tcaq.models.seeds import generators, image_seeds
@@ -21,8 +21,8 @@ def opened(picture: Picture) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except UnidentifiedImageError as error:
-        raise UsageError(f"{path} holds no picture that can be read") from error
+    except OSError as error:  # no picture, or a part of one
+        raise UsageError(f"{path} holds no picture that can be read: {error}") from error
 
 
 def masks(sizes: Sequence[tuple[int, int]], images: Sequence[int]) -> list[Image.Image]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from accelerate.hooks import remove_hook_from_module
 from accelerate.utils.modeling import get_state_dict_offloaded_model
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from tcaq.errors import ModelError
+from tcaq.models.denoiser import find_denoiser
 
 
 def is_offloaded(module: nn.Module) -> bool:
@@ -16,13 +19,21 @@ def is_offloaded(module: nn.Module) -> bool:
     return any(tensor.is_meta for tensor in module.state_dict().values())
 
 
-def bring_back(denoiser: nn.Module) -> None:
+def bring_back(pipe: DiffusionPipeline) -> None:
     """Put every weight of an offloaded denoiser on the CPU again, for good: calibration reads weights between calls.
 
-    What moves a whole denoiser to another device and back (`enable_model_cpu_offload`) is no such thing, and stays.
+    What moves a whole denoiser about (`enable_model_cpu_offload`) is no such thing, and stays.
 
-    Raises: ModelError if weights were never loaded.
+    Raises: ModelError if weights were never loaded, or parts of the pipeline are moved to another device for each call.
     """
+    for name, part in pipe.components.items():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None and torch.device(device).type != "cpu":
+            raise ModelError(
+                f"{name} is moved to {device} for each call, and calibration keeps its tensors in one place: quantize before the "
+                "pipeline is offloaded, or after pipe.remove_all_hooks()"
+            )
+    denoiser = find_denoiser(pipe)[1]
     if not is_offloaded(denoiser):
         return
     remove_hook_from_module(denoiser, recurse=True)

@@ -20,7 +20,7 @@ FIELDS = {
 """The argument of a pipeline's call that each field sets."""
 PICTURES = ("image", "mask_image", "control_image", "source_image")
 INPAINTING = ("image", "mask_image")
-"""What a pipeline takes that paints into a part of a picture; of all that start from one, its denoiser alone reads the picture."""
+"""What a pipeline takes that paints into a part of a picture: of all that start from one, those that can begin with noise."""
 OTHERS = {"num_frames": "videos", "video_length": "videos", "audio_length_in_s": "sound", "audio_end_in_s": "sound"}
 CLASSES = 16
 """How many classes are sampled where none are asked for, evenly over all there are."""
@@ -90,6 +90,7 @@ def call_options(pipe: DiffusionPipeline, conditions: Conditions | None, images:
     if conditions.pictures:
         chosen = [opened(picture) for picture in cycled(conditions.pictures, images) or ()]
         values |= {"image": chosen, "mask_image": masks([picture.size for picture in chosen], images)}
+        values["strength"] = 1.0  # every step, from pure noise on, whatever part the pipeline would do by default
     if conditions.height is not None or conditions.width is not None:
         values["use_resolution_binning"] = False  # the size asked for, not the nearest one in a list
     return {name: value for name, value in values.items() if value is not None and name in takes}

@@ -16,6 +16,7 @@ from tcaq.models.bypass import bypass_of
 from tcaq.models.config import TcaqConfig
 from tcaq.models.correction import correction_of
 from tcaq.models.denoiser import find_denoiser
+from tcaq.models.forward_process import forward_process
 from tcaq.models.identity import conditioners, sampler_identity
 from tcaq.models.load import weights_hash
 from tcaq.models.offload import bring_back
@@ -36,16 +37,25 @@ def resolved_plan(denoiser: nn.Module, recipe: Recipe, plan: Plan | None = None)
     return with_widths(resolve(denoiser, plan or entry(recipe.program).plan(denoiser, recipe)), recipe.mixed)
 
 
+def outcome(recipe: Recipe) -> dict[str, Any]:
+    """A recipe without what changes nothing about the result: how much memory it may take, and in which folder pictures lie."""
+    values = recipe.model_dump(mode="json", exclude={"memory"})
+    for picture in (values["calibration"].get("conditions") or {}).get("pictures", ()):
+        picture["path"] = Path(picture["path"]).name
+    return values
+
+
 def identity(pipe: DiffusionPipeline, recipe: Recipe, table: ResolvedPlan, *, judged: bool) -> dict[str, Any]:
     """All that determines the outcome of a run."""
+    conditions = recipe.calibration.conditions
     return {
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": outcome(recipe),
         "plan": table.model_dump(mode="json"),
         "weights": weights_hash(find_denoiser(pipe)[1]),
         "scheduler": sampler_identity(pipe),
         "judged": judged,
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
-    } | conditioners(pipe)
+    } | conditioners(pipe, decoders=conditions is not None and bool(conditions.pictures))
 
 
 def with_conditions(pipe: DiffusionPipeline, recipe: Recipe) -> Recipe:
@@ -82,7 +92,9 @@ def quantize(
     """
     recipe = with_conditions(pipe, recipe or Recipe())
     program = entry(recipe.program).program
-    bring_back(find_denoiser(pipe)[1])
+    bring_back(pipe)
+    if recipe.mixed is not None:
+        forward_process(pipe)  # refuses what has no such ratio before anything is computed
     table = resolved_plan(find_denoiser(pipe)[1], recipe, plan)
     who = identity(pipe, recipe, table, judged=judge is not None)
     with tempfile.TemporaryDirectory(prefix="tcaq-run-") as temporary:
@@ -90,9 +102,7 @@ def quantize(
         with Run.open(folder, who, on_progress) as run:
             job = Job(pipe, recipe, table, run, judge, share)
             program(job)
-        config = TcaqConfig(
-            plan=table, groups=job.groups, recipe=recipe.model_dump(mode="json"), dtype=dtype_of(job.denoiser)
-        )
+        config = TcaqConfig(plan=table, groups=job.groups, recipe=outcome(recipe), dtype=dtype_of(job.denoiser))
         config.bypass = bypass_of(job.denoiser) is not None
         config.step_bits = job.step_bits
         if (correction := correction_of(job.denoiser)) is not None:

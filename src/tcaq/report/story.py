@@ -98,7 +98,8 @@ class NoiseFit:
 class StepWidths:
     """Why each calibration step has its width.
 
-    timesteps: descending; bits: the width that runs; forward: the ratio that a width must exceed; quantized: what each width has.
+    timesteps: descending, each once; bits: the width that runs; forward: the ratio that a width must exceed; quantized: what each
+    width has, the smallest ratio where a step makes several calls.
     """
 
     timesteps: Sequence[float]
@@ -185,18 +186,22 @@ def _widths(run: Run, finished: Sequence[str]) -> StepWidths | None:
         return None
     record = _only(run, "widths")
     tables, timesteps = record.tensors, record.tensors["timesteps"]
+    steps, call = timesteps.unique(return_inverse=True)  # ascending; the two calls of guidance have one timestep
+    calls = [call == step for step in range(len(steps))]
+    forward = torch.stack([tables["forward"][of].amin() for of in calls])
+    least = torch.stack([tables["quantized"][:, of].amin(1) for of in calls], dim=1)
     return StepWidths(
-        timesteps.tolist(),
-        tables["bits"][_groups(run, timesteps)].tolist(),
-        tables["forward"].tolist(),
-        dict(zip(record.meta["widths"], tables["quantized"].tolist(), strict=True)),
+        steps.flip(0).tolist(),
+        tables["bits"][_groups(run, timesteps, steps.flip(0))].tolist(),
+        forward.flip(0).tolist(),
+        dict(zip(record.meta["widths"], least.flip(1).tolist(), strict=True)),
     )
 
 
-def _groups(run: Run, timesteps: Tensor) -> Tensor:
-    """The step group of each calibration step, int64 [steps]."""
+def _groups(run: Run, timesteps: Tensor, of: Tensor) -> Tensor:
+    """The step group of some timesteps, int64 [n], where calibration had the others."""
     groups = StepGroups.of(run.identity["recipe"]["step_groups"], timesteps.tolist())
-    return torch.searchsorted(torch.tensor(groups.boundaries), timesteps.float(), right=True)
+    return torch.searchsorted(torch.tensor(groups.boundaries), of.float(), right=True)
 
 
 def _equalized(run: Run, finished: Sequence[str]) -> list[EqualizedLayer]:
@@ -233,7 +238,7 @@ def _noise(run: Run, finished: Sequence[str]) -> NoiseFit | None:
     if "correct" not in finished:
         return None
     tables, timesteps = _only(run, "correct").tensors, _only(run, "observe").tensors["timesteps"]
-    row = _groups(run, timesteps)
+    row = _groups(run, timesteps, timesteps)
     tried: Mapping[str, JSON] = (
         _only(run, "temper").meta if "temper" in finished else {"strengths": [], "errors": [], "kept": 1.0}
     )

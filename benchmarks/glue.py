@@ -1,0 +1,84 @@
+"""What stands between integer convolutions, operation by operation: microseconds, eager and compiled.
+
+    OMP_NUM_THREADS=1 python benchmarks/glue.py
+
+An activation of 8 images, 128 channels, 32 by 32, channels last: the widest of the U-Net of DDPM CIFAR-10. Behind
+docs/lab/integer.md. Medians of process time, one thread, so that other work on the machine matters little.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from statistics import median
+from time import process_time
+
+import torch
+from torch import Tensor
+from torch.nn.functional import group_norm, silu
+
+from tcaq.allocator import keep_freed_memory
+from tcaq.numerics.bytes import byte_codes
+
+GROUPS = 32
+
+
+def number_by_number(units: Tensor, zero_point: int, top: int) -> Tensor:
+    """Codes by PyTorch's own conversion to unsigned bytes."""
+    return units.round_().add_(zero_point).clamp_(0, top).to(torch.uint8)
+
+
+def functional(units: Tensor, zero_point: int, top: int) -> Tensor:
+    """The arithmetic of `byte_codes` without writing in place, for a compiler to fuse."""
+    return (units.round() + (zero_point - 128)).clamp(-128, top - 128).to(torch.int8).view(torch.uint8).bitwise_xor(128)
+
+
+def operations(x: Tensor, divisor: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """What is timed, by name."""
+    compiled = {
+        "quantize": torch.compile(lambda x: functional(x / divisor, 7, 255)),
+        "silu": torch.compile(lambda x: silu(x)),
+        "group norm": torch.compile(lambda x: group_norm(x, GROUPS, weight, bias)),
+        "group norm, silu, quantize": torch.compile(
+            lambda x: functional(silu(group_norm(x, GROUPS, weight, bias)) / divisor, 7, 255)
+        ),
+    }
+    eager = {
+        "quantize, to uint8": lambda: number_by_number(x / divisor, 7, 255),
+        "quantize, byte_codes": lambda: byte_codes(x / divisor, 7, 255),
+        "silu": lambda: silu(x),
+        "group norm": lambda: group_norm(x, GROUPS, weight, bias),
+        "group norm, silu, quantize": lambda: byte_codes(silu(group_norm(x, GROUPS, weight, bias)) / divisor, 7, 255),
+    }
+    return {f"eager: {name}": call for name, call in eager.items()} | {
+        f"compiled: {name}": (lambda call=call: call(x)) for name, call in compiled.items()
+    }
+
+
+def microseconds(call: Callable[[], object], repeat: int = 30) -> float:
+    """Median time of the process for one call."""
+    call()
+    times = []
+    for _ in range(repeat):
+        began = process_time()
+        call()
+        times.append(process_time() - began)
+    return round(1e6 * median(times), 1)
+
+
+def main() -> None:
+    """Print a line of JSON."""
+    keep_freed_memory()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 128, 32, 32, generator=generator).to(memory_format=torch.channels_last)
+    divisor = (torch.rand(1, 128, 1, 1, generator=generator) + 0.5) / 30
+    weight, bias = torch.rand(128, generator=generator), torch.rand(128, generator=generator)
+    calls = operations(x, divisor, weight, bias)
+    expected = calls["eager: quantize, to uint8"]()
+    if not all(torch.equal(calls[name](), expected) for name in ("eager: quantize, byte_codes", "compiled: quantize")):
+        raise SystemExit("the ways to quantize differ")
+    print(json.dumps({name: microseconds(call) for name, call in calls.items()}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
