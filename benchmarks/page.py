@@ -113,7 +113,7 @@ def speed(results: Mapping[str, Any]) -> list[str]:
                     f"### {title}, {width.upper().replace('-SYM', ', sym').replace('METRIC', 'metric weights')}",
                     "",
                 ]
-                lines += [*race(cell["table"], cell["memory"]), ""]
+                lines += [*race(cell["table"], cell.get("memory", {"rows": []})), ""]
     return [*lines, *grown(results)]
 
 

@@ -77,7 +77,7 @@ def bench(checkpoint: Path, model: str, against: str, *options: object) -> Any:
 
 def table(model: str, checkpoint: Path) -> dict[str, Any]:
     """Contenders at a batch of 8, a run for each part of the table."""
-    options = ("--batches", 8, "--repeat", 7, "--work", checkpoint.with_suffix(".bench"))
+    options = ("--batches", 8, "--images", 8, "--repeat", 7, "--work", checkpoint.with_suffix(".bench"))
     return {part: bench(checkpoint, model, TABLE[part], *options) for part in PARTS[checkpoint.name]}
 
 

@@ -55,9 +55,21 @@ def test_a_contender_that_cannot_run_says_why_and_the_others_go_on(bout, monkeyp
     def broken(_: Bout) -> Contender:
         raise RuntimeError("no such operator\nand a page of stack")
 
+    def narrow(bout: Bout) -> Contender:
+        def refuse(_, args):
+            if len(args[0]) > 1:
+                raise RuntimeError("one image only")
+
+        pipe = bout.load_float()
+        pipe.unet.register_forward_pre_hook(refuse)
+        return Contender(pipe, None)
+
     monkeypatch.setitem(CONTENDERS, "nncf", lacking)
     monkeypatch.setitem(CONTENDERS, "torchao", broken)
-    rows = {row.name: row for row in benchmark(bout, ["nncf", "torchao", "fake"], SETTINGS, lambda _: None).rows}
+    monkeypatch.setitem(CONTENDERS, "quanto", narrow)
+    names = ["nncf", "torchao", "quanto", "fake"]
+    rows = {row.name: row for row in benchmark(bout, names, SETTINGS, lambda _: None).rows}
+    assert rows["quanto"].problem == "RuntimeError: one image only"
     assert "pip install 'tcaq[bench]'" in rows["nncf"].problem
     assert rows["torchao"].problem == "RuntimeError: no such operator"
     assert rows["fake"].problem is None
