@@ -35,6 +35,9 @@ PARTS = {
 }
 
 
+CHECKPOINTS = {"w8a8": "W8A8", "w8a8-symmetric": "W8A8 with weights around zero", "w4a4": "W4A4"}
+
+
 def main() -> None:
     """Write the page."""
     PAGE.write_text("\n".join(page()))
@@ -110,10 +113,11 @@ def speed(results: Mapping[str, Any]) -> list[str]:
         for width, cell in results.get(name, {}).items():
             if "table" in cell:
                 lines += [
-                    f"### {title}, {width.upper().replace('-SYM', ', sym').replace('METRIC', 'metric weights')}",
+                    f"### {title}, {CHECKPOINTS[width]}",
+                    "",
+                    *race(cell["table"], cell.get("memory", {"rows": []})),
                     "",
                 ]
-                lines += [*race(cell["table"], cell.get("memory", {"rows": []})), ""]
     return [*lines, *grown(results)]
 
 
