@@ -1,6 +1,6 @@
 """Peak memory of one contender, in a process of its own: what others leave behind would count as its own.
 
-Nor does the code of PyTorch count, which the system reads page by page when it is first used, 35 MiB and more.
+Nor does the code of PyTorch count, which the system reads page by page when it is first used, some ten MiB.
 """
 
 from __future__ import annotations

@@ -158,7 +158,8 @@ class Hessians:
 def round_layer(layer: QuantizedWeight, hessians: Hessians, damping: float) -> dict[str, float]:
     """Write GPTQ's codes into a layer, whose scales stay.
 
-    Returns: the errors of its products on the inputs that the Hessians are of, with the codes as they were and as they are.
+    Returns: the errors of its products on the inputs that the Hessians are of, with the codes as they were and as they are; summed
+        over runs of columns, where there are several, as if their products did not meet.
     """
     quantizer = layer.weight_quantizer
     weight = layer.equalized_weight().detach().flatten(1).unflatten(0, (layer.groups, -1))
