@@ -21,6 +21,7 @@ from tcaq.export.parity import parity
 from tcaq.export.standin import Steps
 from tcaq.export.traceable import stand_in
 from tcaq.models.sampler import sample
+from tcaq.processor import has_vnni
 from tcaq.recipes.quantize import quantize
 from tcaq.spec.grid import AffineGrid
 from tests.integer.test_layers import bound, quantized, spread_widths
@@ -54,23 +55,23 @@ def folder(form, pipe, tmp_path_factory) -> Path:
 class OneLayer(nn.Module):
     """A layer as a model of its own, at a timestep."""
 
-    def __init__(self, layer: nn.Module, dialect: object) -> None:
+    def __init__(self, layer: nn.Module, dialect: object, vnni: bool) -> None:
         super().__init__()
         self.steps = (Steps(layer.input_quantizer.clock.boundaries),)
-        self.layer = stand_in(layer, dialect, self.steps[0])
+        self.layer = stand_in(layer, dialect, self.steps[0], vnni)
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
         self.steps[0].set(timestep)
         return self.layer(sample)
 
 
-def run_layer(form: str, layer: nn.Module, x: Tensor, path: Path):
+def run_layer(form: str, layer: nn.Module, x: Tensor, path: Path, vnni: bool):
     """Predictions of a layer in the other runtime, as a function of the timestep."""
     module = onnx if form == "onnx" else openvino
-    dialect = onnx.OnnxDialect() if form == "onnx" else openvino.OpenVinoDialect()
+    dialect = onnx.OnnxDialect(vnni) if form == "onnx" else openvino.OpenVinoDialect()
     free = {0: "batch"} | ({2: "height", 3: "width"} if x.dim() == 4 else {})
     interface = Interface(("sample", "timestep"), (Input("sample", "float32", free), Input("timestep", "float32", {})))
-    module.write_traced(OneLayer(layer, dialect).eval(), Example(interface, (x, torch.zeros(1))), path)
+    module.write_traced(OneLayer(layer, dialect, vnni).eval(), Example(interface, (x, torch.zeros(1))), path)
     predict = module.open_onnx(path) if form == "onnx" else module.open_openvino(path)
     return lambda time: torch.from_numpy(predict(x.numpy(), np.array([time], dtype=np.float32)))
 
@@ -82,13 +83,16 @@ MIXED = AffineGrid(bits=3, wider=(8,))
     ("weight", "inputs"), [(4, AffineGrid(bits=4)), (8, AffineGrid(bits=8)), (4, MIXED)], ids=["4-4", "8-8", "mixed"]
 )
 @pytest.mark.parametrize("plain", [nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.Linear(6, 8)], ids=["conv", "linear"])
-def test_each_kind_of_layer_equals_its_fake_one(form, plain, weight, inputs, tmp_path) -> None:
+@pytest.mark.parametrize("vnni", [False, True], ids=["anywhere", "vnni"])
+def test_each_kind_of_layer_equals_its_fake_one(form, plain, weight, inputs, vnni, tmp_path) -> None:
+    if vnni and not has_vnni():
+        pytest.skip("this processor has no VNNI instructions, without which sums are clipped")
     torch.manual_seed(0)
     layer = quantized(plain, AffineGrid(bits=weight), inputs)
     if inputs.wider:
         spread_widths(layer, inputs)
     x = torch.randn(3, 6, 9, 10) if isinstance(plain, nn.Conv2d) else torch.randn(3, 5, 6, 6)
-    found = run_layer(form, layer, x, tmp_path / {"onnx": "layer.onnx", "openvino": "layer.xml"}[form])
+    found = run_layer(form, layer, x, tmp_path / {"onnx": "layer.onnx", "openvino": "layer.xml"}[form], vnni)
     for time in (10.0, 900.0):
         layer.input_quantizer.clock.set(time)
         with torch.no_grad():
@@ -156,7 +160,7 @@ def test_weights_are_stored_in_bytes(folder, form, pipe) -> None:
     assert floats <= 256  # tables and vectors, no matrix
 
 
-def test_a_damaged_or_foreign_folder_is_refused(folder, form, tmp_path) -> None:
+def test_a_damaged_or_foreign_folder_is_refused(folder, form, tmp_path, monkeypatch) -> None:
     with pytest.raises(CheckpointError, match="holds no export"):
         READ[form](tmp_path)
     with pytest.raises(UsageError, match="is not empty and holds no export"):
@@ -170,6 +174,13 @@ def test_a_damaged_or_foreign_folder_is_refused(folder, form, tmp_path) -> None:
             READ[form](folder)
     finally:
         file.write_bytes(whole)
+    (folder / CARD).write_text(json.dumps(card | {"vnni": True}))
+    monkeypatch.setattr("tcaq.export.folder.has_vnni", lambda: False)
+    try:
+        with pytest.raises(CheckpointError, match="exported with --vnni, and this processor has no VNNI"):
+            READ[form](folder)
+    finally:
+        (folder / CARD).write_text(json.dumps(card))
     other = next(name for name in FORMATS if name != form)
     if all(package in sys.modules for package in PACKAGES[other]):
         with pytest.raises(CheckpointError, match=f"holds an export to '{form}', not to '{other}'"):

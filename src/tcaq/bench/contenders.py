@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +20,7 @@ from tcaq.integer.lower import lower
 from tcaq.models.denoiser import find_denoiser
 from tcaq.models.sampler import Trajectories, record
 from tcaq.models.seeds import image_seeds
+from tcaq.processor import has_vnni
 
 
 class Unavailable(TcaqError):
@@ -105,7 +105,7 @@ def _exported(bout: Bout, form: str) -> Contender:
     folder = bout.work / form
     write, read = {"onnx": (export_onnx, load_onnx), "openvino": (export_openvino, load_openvino)}[form]
     if not folder.exists():
-        write(load(bout.folder), folder, has_vnni())
+        write(load(bout.folder), folder, bool(has_vnni()))
     pipe = read(folder)
     return Contender(pipe, _size(folder, find_denoiser(pipe)[0]))
 
@@ -133,13 +133,3 @@ CONTENDERS: dict[str, Build] = {
     "quanto": lambda bout: _peer(bout, peers.quanto),
 }
 """Builders by the name that the table shows."""
-
-
-@cache
-def has_vnni() -> bool:
-    """Whether this processor says that it has VNNI instructions; False where it cannot be asked."""
-    try:
-        words = Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        return False
-    return any(word in ("avx512_vnni", "avx_vnni", "asimddp") for word in words)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stdout
 from io import StringIO
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
 from pydantic import BaseModel, ConfigDict
 
-from tcaq.bench.contenders import CONTENDERS, Bout, Contender, has_vnni
+from tcaq.bench.contenders import CONTENDERS, Bout, Contender
 from tcaq.bench.memory import peak_memory
 from tcaq.bench.timing import interleaved
 from tcaq.errors import TcaqError, UsageError
@@ -23,6 +21,7 @@ from tcaq.layers.hold import holding_weights
 from tcaq.models.denoiser import find_denoiser
 from tcaq.models.sampler import sample
 from tcaq.models.seeds import image_seeds
+from tcaq.processor import has_vnni, processor
 
 FLOAT = "fp32"
 PURPOSE = "bench"
@@ -102,7 +101,7 @@ def benchmark(bout: Bout, names: Sequence[str], settings: Settings, note: Callab
         return Row(name=name, seconds=times, psnr=likeness.get(name), memory=memory, size=contender.size)
 
     return Benchmark(
-        settings=settings, rows=tuple(row(*pair) for pair in found.items()), processor=processor(), vnni=has_vnni(),
+        settings=settings, rows=tuple(row(*pair) for pair in found.items()), processor=processor(), vnni=bool(has_vnni()),
         threads=torch.get_num_threads(), versions=versions(),
     )  # fmt: skip
 
@@ -142,13 +141,3 @@ def _compare(built: dict[str, Contender], settings: Settings) -> dict[str, float
     seeds = image_seeds(PURPOSE, 0, 0, settings.images)
     images = {name: sample(contender.pipe, seeds, settings.steps) / 255 for name, contender in built.items()}
     return {name: float(psnr(found, images[FLOAT]).mean()) for name, found in images.items() if name != FLOAT}
-
-
-def processor() -> str:
-    """The processor's name and its number of cores."""
-    name = "unknown processor"
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
-        name = next((value.strip() for key, _, value in lines if key.strip() == "model name"), name)
-    return f"{name}, {os.cpu_count()} cores"

@@ -31,7 +31,7 @@ def export_command(
     vnni: Annotated[
         bool,
         typer.Option(
-            "--vnni", help="For processors with VNNI instructions alone: faster where weights have 7 or 8 bits."
+            "--vnni", help="For processors with VNNI instructions alone: faster there, wrong and refused elsewhere."
         ),
     ] = False,
 ) -> None:

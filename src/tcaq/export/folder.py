@@ -18,6 +18,7 @@ from tcaq.export.interface import Interface
 from tcaq.export.runtime import ExportedDenoiser, Predict
 from tcaq.export.traceable import check_exportable
 from tcaq.models.denoiser import find_denoiser
+from tcaq.processor import has_vnni
 from tcaq.records import read_json, write_json
 
 CARD, INDEX, CONFIG = "tcaq_export.json", "model_index.json", "config.json"
@@ -25,11 +26,13 @@ REMEDY = "Export the checkpoint again with `tcaq export`"
 
 
 def write_folder(
-    pipe: DiffusionPipeline, folder: Path, form: str, file: str, write: Callable[[nn.Module, Example, Path], None]
+    pipe: DiffusionPipeline, folder: Path, form: str, file: str, write: Callable[[nn.Module, Example, Path, bool], None],
+    vnni: bool,
 ) -> None:  # fmt: skip
     """Export a pipeline.
 
-    Args: form: name of the format; file: of the model, inside the denoiser's folder; write: exports a denoiser to a path.
+    Args: form: name of the format; file: of the model, inside the denoiser's folder; write: exports a denoiser to a path; vnni: it
+        will only run on processors with VNNI instructions.
     Raises: UsageError if `folder` holds something else; ModelError if the denoiser cannot be exported: nothing is written then.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / CARD).is_file():
@@ -41,20 +44,21 @@ def write_folder(
     shutil.rmtree(staging, ignore_errors=True)
     (staging / name).mkdir(parents=True)
     try:
-        write(denoiser, example, staging / name / file)
+        write(denoiser, example, staging / name / file, vnni)
         for part, component in pipe.components.items():
             if part != name and hasattr(component, "save_pretrained"):
                 component.save_pretrained(staging / part)
-        _describe(pipe, name, denoiser, example.interface, staging, form)
+        _describe(
+            pipe, name, denoiser, staging, {"format": form, "vnni": vnni, "interface": example.interface.to_json()}
+        )
         shutil.rmtree(folder, ignore_errors=True)
         staging.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _describe(
-    pipe: DiffusionPipeline, name: str, denoiser: nn.Module, interface: Interface, folder: Path, form: str
-) -> None:  # fmt: skip
+def _describe(pipe: DiffusionPipeline, name: str, denoiser: nn.Module, folder: Path, about: dict[str, Any]) -> None:
+    """Write the card and what diffusers reads; about: what the card says beside where the denoiser is."""
     config = {
         k: v for k, v in cast(Any, denoiser).config.items() if k != "quantization_config" and not k.startswith("_")
     }
@@ -63,14 +67,14 @@ def _describe(
     write_json(folder / INDEX, index | {"_class_name": type(pipe).__name__, name: [None, None]})
     files = sorted(path.name for path in (folder / name).iterdir() if path.name != CONFIG)
     digests = {file: _digest(folder / name / file) for file in files}
-    card = {"format": form, "component": name, "interface": interface.to_json(), "sha256": digests}
-    write_json(folder / CARD, card)
+    write_json(folder / CARD, about | {"component": name, "sha256": digests})
 
 
 def read_folder(folder: Path, form: str, file: str, open_: Callable[[Path], Predict]) -> DiffusionPipeline:
     """Load what `write_folder` wrote, with a denoiser that runs in the other format's own runtime.
 
-    Raises: CheckpointError if a file is missing or damaged, or the export is of another format.
+    Raises: CheckpointError if a file is missing or damaged, the export is of another format, or made for processors with VNNI
+        while this one has none.
     """
     if not (folder / CARD).is_file():
         raise CheckpointError(f"{folder} holds no export: {CARD} is missing. {REMEDY}")
@@ -79,6 +83,11 @@ def read_folder(folder: Path, form: str, file: str, open_: Callable[[Path], Pred
         raise CheckpointError(f"{folder} holds an export to {card.get('format')!r}, not to {form!r}")
     if "interface" not in card:
         raise CheckpointError(f"{folder} was exported by an earlier version, which did not say its inputs. {REMEDY}")
+    if card.get("vnni") and has_vnni() is False:  # None: it cannot be asked
+        raise CheckpointError(
+            f"{folder} was exported with --vnni, and this processor has no VNNI instructions, without which its sums are wrong. "
+            f"{REMEDY} without --vnni"
+        )
     name = card["component"]
     for part, digest in card["sha256"].items():
         path = folder / name / part

@@ -22,19 +22,24 @@ from tcaq.quantizers.probability import ProbabilityQuantizer
 class Dialect(Protocol):
     """How a target format writes integer arithmetic.
 
-    Attributes: conv_clips, linear_clips: whether its runtime clips sums of two products to 16 bits on processors without VNNI.
+    Attributes: conv_clips, linear_clips: whether its runtime clips sums of two products to 16 bits on processors without VNNI;
+        conv_offset: what a convolution's codes are moved down by, 0 or 128, to be signed.
     """
 
     conv_clips: bool
     linear_clips: bool
+    conv_offset: int
 
     def conv_weight(self, weight: Tensor) -> Tensor:
         """A convolution's weight, int8 [out, in, kh, kw], as the format keeps it."""
 
-    def quantize(self, x: Tensor, divisor: Tensor, zero_point: Tensor, top: int | Tensor, axis: int) -> Tensor:
-        """Codes 0 to `top` of x: `round(x / divisor) + zero_point`; divisor float [1] or [channels along axis], zero_point [1].
+    def quantize(
+        self, x: Tensor, divisor: Tensor, zero_point: Tensor, top: int | Tensor, axis: int, offset: int = 0
+    ) -> Tensor:
+        """Codes of x: `round(x / divisor) + zero_point`, clipped to 0 and `top`, minus `offset`.
 
-        top: a number, or float [1] where it depends on the step group.
+        Args: divisor: float [1] or [channels along axis]; zero_point: float [1]; top: a number, or float [1] where it depends on
+            the step group; offset: 0 or the dialect's `conv_offset`.
         """
 
     def conv(
@@ -128,11 +133,12 @@ class SteppedStandIn(StandIn):
         self.register_buffer("zero_point", (quantizer.zero_point - quantizer.limits[0]).float())
         self.register_buffer("tops", quantizer.top.float() if isinstance(quantizer, MixedQuantizer) else None)
 
-    def _codes(self, x: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The input's codes, and the zero point and scale that they have, [1] each."""
+    def _codes(self, x: Tensor, axis: int, offset: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """The input's codes, moved down by `offset`, and the zero point and scale that they have, [1] each."""
         scale, zero_point = (self.steps[0].row(table, 1) for table in (self.scale, self.zero_point))
         top = self.top if self.tops is None else self.steps[0].row(self.tops, 1)
-        return self.dialect.quantize(x, scale * self.equalizer, zero_point, top, axis), zero_point, scale
+        codes = self.dialect.quantize(x, scale * self.equalizer, zero_point, top, axis, offset)
+        return codes, zero_point - offset, scale
 
 
 def _form(layer: QuantizedWeight, most: int) -> SignedCodes:
@@ -154,7 +160,7 @@ class ConvStandIn(SteppedStandIn):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve `x`, float [batch, in, height, width]."""
-        codes, zero_point, scale = self._codes(x, 1)
+        codes, zero_point, scale = self._codes(x, 1, self.dialect.conv_offset)
         products = self.dialect.conv(codes, zero_point, scale, self.weight, self.gain, self.like[0])
         return self._total(products, 1) + self.bias.reshape(-1, 1, 1)
 
