@@ -2,8 +2,9 @@
 
     python benchmarks/page.py
 
-`quality.py` makes the tables of image quality, `presets.py` that of costs, `make compare` that of all recipes, `speed.py` those
-of speed and the figure beside them. A part whose study has not run yet is left out, and the page says so.
+`quality.py` makes the tables of image quality and `spread.py` their standard errors, `presets.py` the table of costs, `make
+compare` that of all recipes, `speed.py` those of speed and the figure beside them, `integer.py` that of integer images. A part
+whose study has not run yet is left out, and the page says so.
 """
 
 from __future__ import annotations
@@ -47,15 +48,16 @@ def page() -> list[str]:
     """Lines of the page."""
     found = {path.stem: read_json(path) for path in sorted(RESULTS.glob("*.json"))}
     lines = ["# Results", "", "Written by `python benchmarks/page.py`; do not edit by hand.", ""]
-    lines += quality(found["quality"]) if "quality" in found else []
+    lines += quality(found["quality"], found.get("spread", {}).get("cells", {})) if "quality" in found else []
     lines += comparison(found["compare"]) if "compare" in found else []
     lines += costs(found["presets"]) if "presets" in found else []
     lines += speed(found["speed"]) if "speed" in found else []
-    missing = [name for name in ("quality", "compare", "presets", "speed") if name not in found]
+    lines += integers(found["integer"]) if "integer" in found else []
+    missing = [name for name in ("quality", "spread", "compare", "presets", "speed", "integer") if name not in found]
     return [*lines, f"Studies that have not run: {', '.join(missing)}.", ""] if missing else lines
 
 
-def quality(results: Mapping[str, Any]) -> list[str]:
+def quality(results: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:
     """Recipes at four widths, and what each part adds."""
     done: dict[str, Any] = results["cells"]
     first = next(iter(done.values()))["evaluation"]
@@ -68,16 +70,17 @@ def quality(results: Mapping[str, Any]) -> list[str]:
         f"the bundled classifier. Float model: FD {first['float']['fd']:.2f}, KID {first['float']['kid']:.5f}. "
         f"Machine: {results['machine']}.",
         "",
-        "`ratio` is FD over the float model's; `FD to float` is the distance between both models' images. PSNR and SSIM compare "
-        "images of the same seed. Several processes ran beside each other, a thread each, so that the minutes are not those of "
-        "a machine with nothing else to do; those are [below](#what-the-presets-cost) once measured.",
+        "`ratio` is FD over the float model's, behind ± its standard error over images (`python benchmarks/spread.py`; what "
+        "another calibration seed would change is not in it); `FD to float` is the distance between both models' images. PSNR "
+        "and SSIM compare images of the same seed. Several processes ran beside each other, a thread each, so that the minutes "
+        "are not those of a machine with nothing else to do; those are [below](#what-the-presets-cost) once measured.",
         "",
         HEAD.format("recipe"),
-        *(row(name.replace("-", " "), done[name]) for name in sorted(recipes, key=order)),
+        *(row(name.replace("-", " "), done[name], spread.get(name, {})) for name in sorted(recipes, key=order)),
         "",
     ]
     for bits in ("w6a6", "w4a4"):
-        lines += ablation(bits, done)
+        lines += ablation(bits, done, spread)
     return lines
 
 
@@ -87,13 +90,19 @@ def order(name: str) -> tuple[str, int]:
     return recipe, ("w8a8", "w6a6", "w4a8", "w4a4").index(bits)
 
 
-def ablation(bits: str, done: Mapping[str, Any]) -> list[str]:
+def ablation(bits: str, done: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:
     """The whole recipe at a width, and with each part left out; empty if none was."""
-    rows = [row(text, done[f"{part}-{bits}"]) for part, text in PARTS.items() if f"{part}-{bits}" in done]
-    if not rows:
+    cells = {f"tcaq-{bits}": "the whole recipe"} | {f"{part}-{bits}": text for part, text in PARTS.items()}
+    rows = [row(text, done[name], spread.get(name, {})) for name, text in cells.items() if name in done]
+    if len(rows) < 2:
         return []
-    whole = [row("the whole recipe", done[f"tcaq-{bits}"])] if f"tcaq-{bits}" in done else []
-    return [f"### What each part adds at {bits.upper()}", "", HEAD.format("tcaq"), *whole, *rows, ""]
+    more = [
+        f"{text} {spread[name]['more']:+.3f} ± {spread[name]['error of more']:.3f}"
+        for name, text in cells.items()
+        if "more" in spread.get(name, {})
+    ]
+    paired = [f"Ratio above the whole recipe's, image by image: {'; '.join(more)}.", ""] if more else []
+    return [f"### What each part adds at {bits.upper()}", "", HEAD.format("tcaq"), *rows, "", *paired]
 
 
 def speed(results: Mapping[str, Any]) -> list[str]:
@@ -161,15 +170,41 @@ def _span(curve: Mapping[int, float]) -> str:
     return f"{min(curve.values()):.2f} to {max(curve.values()):.2f}"
 
 
-def row(name: str, cell: Mapping[str, Any]) -> str:
-    """A line of a table."""
+def row(name: str, cell: Mapping[str, Any], spread: Mapping[str, float] | None = None) -> str:
+    """A line of a table; spread: standard error of its ratio, if it is known."""
+    error = f" ± {spread['error']:.3f}" if spread else ""
     scores = cell["evaluation"]
     pair = scores["paired"]
     return (
-        f"| {name} | {scores['quantized']['fd']:.2f} | {scores['ratio']['fd']:.3f} | {scores['quantized']['kid']:.5f} "
+        f"| {name} | {scores['quantized']['fd']:.2f} | {scores['ratio']['fd']:.3f}{error} | {scores['quantized']['kid']:.5f} "
         f"| {pair['psnr']:.2f} | {pair['ssim']:.3f} | {pair['fd_to_float']:.2f} "
         f"| {cell['quantize_seconds'] / 60:.1f} | {cell['threads']} | {cell['quantize_peak_memory'] / 2**30:.2f} |"
     )
+
+
+def integers(results: Mapping[str, Any]) -> list[str]:
+    """Images of integer execution against those of the fake-quantized model."""
+    rows = []
+    for name, cell in results["cells"].items():
+        ways = [cell["distances"][execution] for execution in ("fake", "integer")]
+        figures = [f"{way['ratio']:.3f}" for way in ways] + [f"{way['psnr']:.2f}" for way in ways]
+        figures += [f"{cell['to fake'][other]:.1f}" for other in ("integer", "reordered")]
+        figures.append(f"{ways[0]['seconds'] / ways[1]['seconds']:.2f}")
+        rows.append(f"| {name.replace('-', ' ')} | {' | '.join(figures)} |")
+    return [
+        "## Integer images",
+        "",
+        f"`python benchmarks/integer.py`: the same checkpoints fake-quantized and in integers, {results['num']} images for the "
+        f"distances, {results['pairs']} for PSNR to fake, {results['steps']} steps, seed {results['seed']}, {results['machine']}. "
+        "`another order`: the fake-quantized model against itself with its sums in another order, by which the column before it "
+        "can be measured. Times of sampling are of one core beside other work.",
+        "",
+        "| checkpoint | ratio, fake | ratio, integer | PSNR to float, fake | PSNR to float, integer | integer to fake, dB "
+        "| another order to fake, dB | times as fast as fake |",
+        "|---|---|---|---|---|---|---|---|",
+        *rows,
+        "",
+    ]
 
 
 def comparison(results: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,9 @@
 """Speed, memory and size of real integer execution, beside float and other tools, and how they change as work grows.
 
     python benchmarks/speed.py                  everything; half an hour on two cores with nothing beside it
-    python benchmarks/speed.py --only memory    one part of it; the others stay as they were measured
+    python benchmarks/speed.py --only memory    one stage of it; the others stay as they were measured
+    python benchmarks/speed.py --only table --parts exports --output NEW
+                                                one part of the tables; a folder that is kept holds the exports of an earlier run
 
 Two models: the U-Net of google/ddpm-cifar10-32 (35.7 million parameters) with random weights, for which speed does not care, and
 the bundled one. Each is quantized without gradients from few images. Then everything is `tcaq bench`: contenders in turn, in one
@@ -12,6 +14,7 @@ docs/results.md with its tables and docs/images/growth.png.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,19 +78,19 @@ def bench(checkpoint: Path, model: str, against: str, *options: object) -> Any:
     return read_json(result)
 
 
-def table(model: str, checkpoint: Path) -> dict[str, Any]:
+def table(model: str, checkpoint: Path, parts: Sequence[str]) -> dict[str, Any]:
     """Contenders at a batch of 8, a run for each part of the table."""
     options = ("--batches", 8, "--images", 8, "--repeat", 7, "--work", checkpoint.with_suffix(".bench"))
-    return {part: bench(checkpoint, model, TABLE[part], *options) for part in PARTS[checkpoint.name]}
+    return {part: bench(checkpoint, model, TABLE[part], *options) for part in PARTS[checkpoint.name] if part in parts}
 
 
-def memory(model: str, checkpoint: Path) -> Any:
+def memory(model: str, checkpoint: Path, _: Sequence[str]) -> Any:
     """Peak memory of sampling one image; other work beside it does no harm."""
     brief = ("--batches", 1, "--repeat", 1, "--images", 1, "--steps", 2)
     return bench(checkpoint, model, HELD, *brief, "--memory")
 
 
-def growth(model: str, checkpoint: Path) -> dict[str, Any]:
+def growth(model: str, checkpoint: Path, _: Sequence[str]) -> dict[str, Any]:
     """Seconds a step by batch at the model's own size, and by size at a batch of one."""
     brief = ("--repeat", 3, "--images", 1, "--steps", 1)
     by_size = {size: bench(checkpoint, model, GROWING, *brief, "--batches", 1, "--size", size) for size in SIZES}
@@ -103,6 +106,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "speed")
     parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--models", nargs="+", choices=("cifar10", "reference"), default=("cifar10", "reference"))
+    parser.add_argument("--parts", nargs="+", choices=list(TABLE), default=list(TABLE), help="of the tables")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     results = read_json(args.results) if args.results.exists() else {}
@@ -111,7 +115,7 @@ def main() -> None:
             for stage in args.only:
                 if stage != "growth" or width == GROWN:
                     cell = results.setdefault(name, {}).setdefault(width, {})
-                    cell[stage] = STAGES[stage](model, checkpoint)
+                    cell[stage] = cell.get(stage, {}) | STAGES[stage](model, checkpoint, args.parts)
                     write_json(args.results, results)
                     print(name, width, stage, flush=True)
 

@@ -1,0 +1,79 @@
+"""How much of a difference between cells of the quality study is chance: the jackknife over evaluation images.
+
+    python benchmarks/spread.py --output build/quality
+
+Reads the images that `quality.py` sampled and left in its folder. They are cut into 40 blocks, the same seeds in each for the
+float model and every cell; the Fréchet distances are taken again with each block left out. From how they vary follows the
+standard error of each ratio, and of each cell's difference to the whole recipe at the same width, where most of the chance is
+shared. The calibration's own chance (another seed, other roundings) is not in it. `page.py` shows both.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from page import ROOT
+from quality import cells
+from torch import Tensor
+
+import tcaq
+from tcaq.cli.models import open_float
+from tcaq.evaluate.features import load_features
+from tcaq.evaluate.metrics import Moments, frechet_distance
+from tcaq.evaluate.sampling import sample_for_evaluation
+from tcaq.records import read_json, write_json
+
+RESULTS = ROOT / "benchmarks" / "results" / "spread.json"
+BLOCKS = 40
+
+
+def left_out(pipe: Any, args: argparse.Namespace) -> Tensor:
+    """The Fréchet distance without each block, float64 [blocks]."""
+    how = {"num": args.num, "steps": args.steps, "seed": args.seed, "batch": 32}
+    images = sample_for_evaluation(pipe, args.output / "samples", **how).images
+    extractor = load_features("reference")
+    parts = [Moments.of(part) for part in extractor.extract(images, 100).chunk(BLOCKS)]
+    real, whole = extractor.statistics, Moments.of(extractor.extract(images, 100))
+    distances = []
+    for part in parts:
+        rest = Moments(whole.count - part.count, whole.total - part.total, whole.outer - part.outer)
+        distances.append(frechet_distance(rest.mean, rest.covariance, real.mean, real.covariance))
+    return torch.tensor(distances, dtype=torch.float64)
+
+
+def error(values: Tensor) -> float:
+    """Standard error of what `values` are the leave-one-block-out estimates of."""
+    return float(((len(values) - 1) * values.var(correction=0)).sqrt())
+
+
+def main() -> None:
+    """Every cell that is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "quality")
+    parser.add_argument("--num", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    base = left_out(open_float("reference"), args)
+    ratios = {
+        name: left_out(tcaq.load(args.output / name), args) / base
+        for name in cells("")
+        if (args.output / f"{name}.json").exists()
+    }
+    results = read_json(args.results) if args.results.exists() else {"cells": {}}
+    for name, ratio in ratios.items():
+        whole = ratios.get(f"tcaq-{name.rpartition('-')[2]}")
+        cell = {"error": error(ratio)}
+        if whole is not None and whole is not ratio:
+            cell |= {"more": float((ratio - whole).mean()), "error of more": error(ratio - whole)}
+        results["cells"][name] = cell
+        print(name, {key: round(value, 4) for key, value in cell.items()}, flush=True)
+    write_json(args.results, {"blocks": BLOCKS, "num": args.num, "steps": args.steps, "seed": args.seed, **results})
+
+
+if __name__ == "__main__":
+    main()
