@@ -146,6 +146,8 @@ def open_onnx(path: Path) -> Predict:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # its threads would keep a core busy for a while after each prediction, while the scheduler's work waits
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no public base
