@@ -216,6 +216,19 @@ def test_another_identity_is_named_key_by_key(tmp_path: Path) -> None:
     Toy(tmp_path).run()  # and the refusal left the lock free
 
 
+def test_of_many_differences_the_first_are_named(tmp_path: Path) -> None:
+    def plan(bits: int) -> list[dict[str, Any]]:
+        return [{"name": f"layer{number}", "weight": {"bits": bits}} for number in range(20)]
+
+    Run.open(tmp_path, other(plan=plan(4), bits=4)).close()
+    with pytest.raises(RunError) as caught:
+        Run.open(tmp_path, other(plan=plan(8), bits=8))
+    lines = str(caught.value).splitlines()
+    assert lines[1:3] == ["  bits: 4 there, 8 now", "  plan.layer0.weight.bits: 4 there, 8 now"]
+    assert lines[-2] == "  and 13 more"
+    assert len(lines) == 11
+
+
 def test_other_versions_are_another_run_and_said_so(tmp_path: Path) -> None:
     Run.open(tmp_path, IDENTITY).close()
     with pytest.raises(RunError, match=r'versions\.torch: "2\.13\.0" there, "2\.14\.0" now\nOther versions can change'):

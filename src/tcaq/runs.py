@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 from filelock import FileLock, Timeout
 
@@ -31,6 +31,8 @@ from tcaq.records import JSON, TEMPORARY, Record, canonical, read_json, write_js
 T = TypeVar("T")
 
 FORMAT = 1
+SHOWN = 8
+"""How many differences between two runs an error names."""
 _LOCK = ".lock"
 _NAME = re.compile(r"[a-z0-9_-]+(/[a-z0-9_-]+)*")
 
@@ -251,7 +253,10 @@ def _check_same(folder: Path, found: Mapping[str, JSON], wanted: Mapping[str, JS
     keys = [key for key in sorted({*there, *here}) if there.get(key, "nothing") != here.get(key, "nothing")]
     if not keys:
         return
-    lines = [f"  {key}: {there.get(key, 'nothing')} there, {here.get(key, 'nothing')} now" for key in keys]
+    keys.sort(key=lambda key: key.count("."))  # what was asked for before what follows from it, layer by layer
+    lines = [f"  {key}: {there.get(key, 'nothing')} there, {here.get(key, 'nothing')} now" for key in keys[:SHOWN]]
+    if len(keys) > SHOWN:
+        lines.append(f"  and {len(keys) - SHOWN} more")
     if any(key.startswith("versions.") for key in keys):
         lines.append("Other versions can change results, so a run goes on only with the versions it began with.")
     lines.append(f"Give another --output, or delete {folder} to start over.")
@@ -259,7 +264,11 @@ def _check_same(folder: Path, found: Mapping[str, JSON], wanted: Mapping[str, JS
 
 
 def _flatten(value: JSON, prefix: str = "") -> dict[str, str]:
-    """Leaves of nested objects under dotted keys, as JSON text."""
+    """Leaves of nested objects under dotted keys, as JSON text; objects in a list go by their name, or their place."""
+    if isinstance(value, list | tuple) and value and all(isinstance(item, Mapping) for item in value):
+        items = cast("list[Mapping[str, JSON]]", value)
+        names = {str(item.get("name")): item for item in items}
+        value = names if len(names) == len(items) else {str(place): item for place, item in enumerate(items)}
     if not isinstance(value, Mapping) or not value:
         return {prefix: canonical(value)}
     dot = f"{prefix}." if prefix else ""
