@@ -224,9 +224,16 @@ def test_of_many_differences_the_first_are_named(tmp_path: Path) -> None:
     with pytest.raises(RunError) as caught:
         Run.open(tmp_path, other(plan=plan(8), bits=8))
     lines = str(caught.value).splitlines()
-    assert lines[1:3] == ["  bits: 4 there, 8 now", "  plan.layer0.weight.bits: 4 there, 8 now"]
+    assert lines[1:3] == ["  bits: 4 there, 8 now", "  plan.0.layer0.weight.bits: 4 there, 8 now"]
     assert lines[-2] == "  and 13 more"
     assert len(lines) == 11
+
+
+def test_the_order_of_a_list_matters(tmp_path: Path) -> None:
+    layers = [{"name": "a"}, {"name": "b"}]
+    Run.open(tmp_path, other(plan=layers)).close()
+    with pytest.raises(RunError, match=r'plan\.0\.a\.name: "a" there, nothing now'):
+        Run.open(tmp_path, other(plan=layers[::-1]))
 
 
 def test_other_versions_are_another_run_and_said_so(tmp_path: Path) -> None:

@@ -264,11 +264,13 @@ def _check_same(folder: Path, found: Mapping[str, JSON], wanted: Mapping[str, JS
 
 
 def _flatten(value: JSON, prefix: str = "") -> dict[str, str]:
-    """Leaves of nested objects under dotted keys, as JSON text; objects in a list go by their name, or their place."""
+    """Leaves of nested objects under dotted keys, as JSON text; those in a list go by their place and, if they have one, name."""
     if isinstance(value, list | tuple) and value and all(isinstance(item, Mapping) for item in value):
         items = cast("list[Mapping[str, JSON]]", value)
-        names = {str(item.get("name")): item for item in items}
-        value = names if len(names) == len(items) else {str(place): item for place, item in enumerate(items)}
+        value = {
+            ".".join(map(str, (place, item["name"]) if "name" in item else (place,))): item
+            for place, item in enumerate(items)
+        }
     if not isinstance(value, Mapping) or not value:
         return {prefix: canonical(value)}
     dot = f"{prefix}." if prefix else ""
