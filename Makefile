@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: venv demo test lint bench compare clean
+.PHONY: venv demo test lint bench clean
 
 venv: $(READY)
 
@@ -28,14 +28,10 @@ lint: venv
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
-# Hours on two cores; both can be stopped and go on. COMPARE takes other options: make compare COMPARE='--preset quick --num 500'
+# A day on two cores; it can be stopped and goes on.
 bench: venv
 	$(BIN)/python benchmarks/quality.py
-	$(BIN)/python benchmarks/page.py
-
-compare: venv
-	$(BIN)/tcaq compare reference --output build/compare $(COMPARE)
-	cp build/compare/compare.json benchmarks/results/compare.json
+	$(BIN)/python benchmarks/spread.py
 	$(BIN)/python benchmarks/page.py
 
 clean:

@@ -2,9 +2,9 @@
 
     python benchmarks/page.py
 
-`quality.py` makes the tables of image quality and `spread.py` their standard errors, `presets.py` the table of costs, `make
-compare` that of all recipes, `speed.py` those of speed and the figure beside them, `integer.py` that of integer images. A part
-whose study has not run yet is left out, and the page says so.
+`quality.py` makes the tables of image quality and `spread.py` their standard errors, `presets.py` the table of costs, `speed.py`
+those of speed and the figure beside them, `integer.py` that of integer images. A part whose study has not run yet is left out, and
+the page says so.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 from growth import TITLES, draw, ratios
 
+from tcaq.recipes.registry import RECIPES
 from tcaq.records import read_json
-from tcaq.report.comparison import markdown
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -34,8 +34,7 @@ PARTS = {
     "no-correction": "without the correction of predicted noise",
     "none": "without any of these: plain block reconstruction",
 }
-
-
+WIDTHS = ("w8a8", "w6a6", "w4a8", "w4a4", "w3a4", "w2a4", "w4a3")
 CHECKPOINTS = {"w8a8": "W8A8", "w8a8-symmetric": "W8A8 with weights around zero", "w4a4": "W4A4"}
 
 
@@ -49,11 +48,10 @@ def page() -> list[str]:
     found = {path.stem: read_json(path) for path in sorted(RESULTS.glob("*.json"))}
     lines = ["# Results", "", "Written by `python benchmarks/page.py`; do not edit by hand.", ""]
     lines += quality(found["quality"], found.get("spread", {}).get("cells", {})) if "quality" in found else []
-    lines += comparison(found["compare"]) if "compare" in found else []
     lines += costs(found["presets"]) if "presets" in found else []
     lines += speed(found["speed"]) if "speed" in found else []
     lines += integers(found["integer"]) if "integer" in found else []
-    missing = [name for name in ("quality", "spread", "compare", "presets", "speed", "integer") if name not in found]
+    missing = [name for name in ("quality", "spread", "presets", "speed", "integer") if name not in found]
     return [*lines, f"Studies that have not run: {', '.join(missing)}.", ""] if missing else lines
 
 
@@ -61,7 +59,6 @@ def quality(results: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:
     """Recipes at four widths, and what each part adds."""
     done: dict[str, Any] = results["cells"]
     first = next(iter(done.values()))["evaluation"]
-    recipes = [name for name in done if name.startswith(("minmax", "tcaq"))]
     lines = [
         "## Image quality",
         "",
@@ -75,19 +72,46 @@ def quality(results: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:
         "and SSIM compare images of the same seed. Several processes ran beside each other, a thread each, so that the minutes "
         "are not those of a machine with nothing else to do; those are [below](#what-the-presets-cost) once measured.",
         "",
-        HEAD.format("recipe"),
-        *(row(name.replace("-", " "), done[name], spread.get(name, {})) for name in sorted(recipes, key=order)),
-        "",
+        *glance(done, spread),
+        *(line for bits in WIDTHS for line in width_table(bits, done, spread)),
     ]
     for bits in ("w6a6", "w4a4"):
         lines += ablation(bits, done, spread)
     return lines
 
 
-def order(name: str) -> tuple[str, int]:
-    """Recipe by recipe, wide grids first."""
-    recipe, bits = name.rsplit("-", 1)
-    return recipe, ("w8a8", "w6a6", "w4a8", "w4a4").index(bits)
+def glance(done: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:
+    """Every recipe at every width: the ratio, and how near to the float model's the images are."""
+    lines = [
+        "### At a glance",
+        "",
+        f"| recipe | {' | '.join(bits.upper() for bits in WIDTHS)} |",
+        "|---" * (1 + len(WIDTHS)) + "|",
+    ]
+    for recipe in RECIPES:
+        figures = [brief(done.get(f"{recipe}-{bits}"), spread.get(f"{recipe}-{bits}", {})) for bits in WIDTHS]
+        if any(figures):
+            lines.append(f"| `{recipe}` | {' | '.join(figures)} |")
+    return [*lines, "", "Ratio, ± its standard error, and PSNR. Empty: not run.", ""]
+
+
+def brief(cell: Mapping[str, Any] | None, spread: Mapping[str, float]) -> str:
+    """A cell's ratio and PSNR; empty without a cell."""
+    if cell is None:
+        return ""
+    scores = cell["evaluation"]
+    error = f" ± {spread['error']:.3f}" if spread else ""
+    return f"{scores['ratio']['fd']:.3f}{error}, {scores['paired']['psnr']:.1f} dB"
+
+
+def width_table(bits: str, done: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:
+    """All figures of the recipes at a width; empty if none ran."""
+    rows = [
+        row(f"`{recipe}`", done[name], spread.get(name, {}))
+        for recipe in RECIPES
+        if (name := f"{recipe}-{bits}") in done
+    ]
+    return [f"### All figures, {bits.upper()}", "", HEAD.format("recipe"), *rows, ""] if rows else []
 
 
 def ablation(bits: str, done: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:
@@ -205,16 +229,6 @@ def integers(results: Mapping[str, Any]) -> list[str]:
         *rows,
         "",
     ]
-
-
-def comparison(results: Mapping[str, Any]) -> list[str]:
-    """All recipes on the same layers."""
-    how = results["protocol"]
-    text = (
-        f"`make compare`: preset `{how['preset']}`, layers `{how['plan']}`, {how['images']} images, {how['steps']} steps, "
-        "each seed calibrated and sampled anew."
-    )
-    return ["## The related systems' recipes", "", text, "", *markdown(results).splitlines(), ""]
 
 
 def costs(presets: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,5 @@
-"""Image quality of the bundled model after quantization: the recipes at four bit widths, and what each part adds.
+"""Image quality of the bundled model after quantization: every recipe at four bit widths, what each part of ours adds, and the
+first and last recipe at narrower ones.
 
     python benchmarks/quality.py --output build/quality             every cell, hours on two cores
     python benchmarks/quality.py --output build/quality --only tcaq-w4a4 minmax-w4a4
@@ -22,6 +23,7 @@ from typing import Any
 from machine import machine
 from page import ROOT, row
 
+from tcaq.recipes.registry import RECIPES
 from tcaq.records import read_json, write_json
 
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
@@ -36,15 +38,17 @@ PARTS = {
     "none": ["--no-bypass", "--no-tcr", "--no-daq", "--rounds", "0", "--no-network", "--no-correction"],
 }
 ABLATED = ("w6a6", "w4a4")
+NARROW = {"w3a4": (3, 4), "w2a4": (2, 4), "w4a3": (4, 3)}
+"""Shown for the first and the last recipe only: no published system gives images there."""
 
 
 def cells(preset: str) -> dict[str, list[str]]:
     """The options of `tcaq quantize` for every cell, by its name."""
     table: dict[str, list[str]] = {}
-    for bits, (weights, activations) in BITS.items():
+    for bits, (weights, activations) in (BITS | NARROW).items():
         width = ["--weights", str(weights), "--activations", str(activations)]
-        table[f"minmax-{bits}"] = ["--recipe", "minmax", "--preset", preset, *width]
-        table[f"tcaq-{bits}"] = ["--recipe", "tcaq", "--preset", preset, *width]
+        recipes = RECIPES if bits in BITS else ("minmax", "tcaq")
+        table |= {f"{recipe}-{bits}": ["--recipe", recipe, "--preset", preset, *width] for recipe in recipes}
         if bits in ABLATED:
             table |= {f"{part}-{bits}": [*table[f"tcaq-{bits}"], *flags] for part, flags in PARTS.items()}
     return table

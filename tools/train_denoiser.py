@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-from diffusers.training_utils import EMAModel
-from rich.progress import Progress
+from torch import Generator, Tensor
 from torch.nn.functional import mse_loss
+from training import Training, spread_timesteps, train
 
 from tcaq.reference.data import DEBIAN_FOLDER, load_images, to_signal
 
@@ -57,28 +55,6 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def rate_at(iteration: int, cycles: list[int], warmup: int = 200, cooldown: float = 0.35) -> float:
-    """The learning rate as a factor of its peak, in cycles with warm restarts (Loshchilov and Hutter 2017).
-
-    A cycle: linear warm-up, then a slow cosine that would take half as long again as the cycle, and over the last part a
-    linear way down to zero: most of the training at a high rate, and still a settled end.
-    """
-    total, *later = cycles
-    if later and iteration >= total:
-        return rate_at(iteration - total, later, warmup, cooldown)
-    if iteration < warmup:
-        return (iteration + 1) / warmup
-    slow = 0.5 * (1 + math.cos(math.pi * (iteration - warmup) / (1.5 * total - warmup)))
-    return slow * min(1.0, (total - iteration) / (cooldown * total))
-
-
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write beside, then rename, so that an interrupted save leaves the old checkpoint whole."""
-    beside = path.with_suffix(".new")
-    torch.save(state, beside)
-    beside.replace(path)
-
-
 def main() -> None:
     """Train, then write the pipeline and the record."""
     args = arguments()
@@ -88,60 +64,23 @@ def main() -> None:
     unet = UNet2DModel(**UNET).train()
     # clipping predictions to [-1, 1] brightens every black background: errors there can only be cut on one side
     scheduler = DDIMScheduler(num_train_timesteps=1000, clip_sample=False)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=args.rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rate_at(i, args.cycles))
-    ema = EMAModel(unet.parameters(), decay=args.ema, use_ema_warmup=True, power=0.75)
-    total, start, curve, seconds = sum(args.cycles), 0, [], 0.0
-    checkpoint = args.output / "training.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        unet.load_state_dict(state["unet"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        ema.load_state_dict(state["ema"])
-        for group in optimizer.param_groups:  # a list of cycles that grew since has another rate here
-            group["lr"] = args.rate * rate_at(state["iteration"], args.cycles)
-        start, curve, seconds = state["iteration"], state["curve"], state["seconds"]
-    with Progress() as progress:
-        bar = progress.add_task("training", total=total, completed=start)
-        mean, began = 0.0, time.monotonic()
-        for iteration in range(start, total):
-            # one generator an iteration: a resumed run draws the batches the undisturbed one would have drawn
-            draw = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
-            clean = images[torch.randint(len(images), (args.batch,), generator=draw)]
-            noise = torch.randn(clean.shape, generator=draw)
-            # one timestep from each of `batch` equal parts: a batch that sees all noise levels steadies the gradient
-            parts = torch.arange(args.batch) + torch.rand(args.batch, generator=draw)
-            timesteps = (parts * (1000 / args.batch)).long().clamp(max=999)
-            noisy = scheduler.add_noise(clean, noise, timesteps)
-            loss = mse_loss(unet(noisy, timesteps).sample, noise)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            ema.step(unet.parameters())
-            mean += loss.item()
-            progress.update(bar, completed=iteration + 1, description=f"loss {loss.item():.4f}")
-            done = iteration + 1
-            if done % args.save_every == 0 or done == total:
-                steps = done - start if not curve else done - curve[-1][0]
-                curve.append((done, mean / max(1, steps)))
-                seconds += time.monotonic() - began
-                mean, began = 0.0, time.monotonic()
-                progress.console.print(f"iteration {done}: mean loss {curve[-1][1]:.5f}, {seconds:.0f} s")
-                save(checkpoint, {
-                    "unet": unet.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
-                    "ema": ema.state_dict(), "iteration": done, "curve": curve, "seconds": seconds,
-                })  # fmt: skip
-    ema.copy_to(unet.parameters())
+
+    def loss_of(draw: Generator) -> Tensor:
+        clean = images[torch.randint(len(images), (args.batch,), generator=draw)]
+        noise = torch.randn(clean.shape, generator=draw)
+        timesteps = spread_timesteps(args.batch, draw)
+        noisy = scheduler.add_noise(clean, noise, timesteps)
+        return mse_loss(unet(noisy, timesteps).sample, noise)
+
+    how = Training(args.cycles, args.rate, args.ema, args.seed, args.save_every)
+    record = train(unet, loss_of, how, args.output / "training.pt")
     DDIMPipeline(unet=unet.eval(), scheduler=scheduler).save_pretrained(args.output)
-    record = {
+    written = {
         "unet": UNET, "parameters": sum(p.numel() for p in unet.parameters()), "cycles": args.cycles,
-        "batch": args.batch, "rate": args.rate, "ema": args.ema, "seed": args.seed, "seconds": seconds,
-        "curve": curve, "torch": torch.__version__,
+        "batch": args.batch, "rate": args.rate, "ema": args.ema, "seed": args.seed, **record,
+        "torch": torch.__version__,
     }  # fmt: skip
-    (args.output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    (args.output / "training.json").write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":
