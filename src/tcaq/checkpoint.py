@@ -19,6 +19,7 @@ from torch import nn
 from tcaq.errors import CheckpointError, TcaqError
 from tcaq.models.adapters import refuse_fusing
 from tcaq.models.card import write_card
+from tcaq.models.class_names import keep_class_names
 from tcaq.models.config import QuantMethod, TcaqConfig
 from tcaq.models.denoiser import COMPONENTS
 from tcaq.models.integrity import REMEDY, Seal, check_names
@@ -56,6 +57,7 @@ def save(pipe: DiffusionPipeline, folder: Path, max_shard_size: int | str = "10G
         for left_over in folder.glob(f"{STAGING}*"):
             shutil.rmtree(left_over)
         with TemporaryDirectory(prefix=STAGING, dir=folder) as staging:
+            keep_class_names(pipe)
             pipe.save_pretrained(staging, safe_serialization=True, max_shard_size=max_shard_size)
             write_card(pipe, describe(Path(staging))[1], Path(staging))
             _publish(Path(staging), folder)

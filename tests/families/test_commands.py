@@ -20,6 +20,7 @@ from tcaq.models.load import load_pipeline, stored_dtype
 from tcaq.models.prompting import resolve_conditions
 from tcaq.models.sampler import sample
 from tcaq.models.seeds import image_seeds
+from tcaq.recipes.presets import preset_recipe
 from tcaq.spec.conditions import PROMPTS, Conditions
 
 from .tiny import pipeline_of
@@ -96,6 +97,27 @@ def test_evaluate_under_both_schedulers_keeps_their_images_apart(folders, tmp_pa
     ]  # a row a step, not one for each half of guidance
     assert all(row["sqnr"] > 15 for row in own["sqnr_per_step"])
     assert own["psnr"] != other["psnr"]
+
+
+def test_recipes_are_compared_under_the_conditions_asked_for(folders, tmp_path):
+    root, _ = folders
+    np.savez(tmp_path / "real.npz", mean=np.zeros(4), covariance=np.eye(4))
+    recipe = preset_recipe("minmax", "fast", calibration={"images": 2, "steps": 2}, ranges={"values": 200})
+    (tmp_path / "short.json").write_text(recipe.model_dump_json())
+    asked = ["--prompts", root / "prompts.txt", "--guidance", 3.5, "--size", 16]
+    result = invoke(
+        "compare", root / "float", "--output", tmp_path / "out", "--recipes", tmp_path / "short.json", "--bits", "w8a8",
+        "--num", 16, "--steps", 2, "--features", "tests.cli.test_verbs:Pixels", "--real", tmp_path / "real.npz", *asked,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    results = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert results["protocol"]["conditions"]["guidance"] == 3.5
+    assert results["cells"][0]["seeds"]["1"]["evaluation"]["ratio"]["fd"] > 0  # --real is what distances are to
+    runs = [*(tmp_path / "out" / "cells").glob("*/run/run.json"), *(tmp_path / "out" / "samples").glob("*/run.json")]
+    identities = [json.loads(path.read_text())["identity"] for path in runs]
+    found = [who.get("conditions") or who["recipe"]["calibration"]["conditions"] for who in identities]
+    assert len(found) == 3  # the calibration, and evaluation images of both models
+    assert all((c["prompts"], c["guidance"], c["height"]) == (["cat", "dog", "sea"], 3.5, 16) for c in found)
 
 
 def test_evaluation_without_conditions_takes_the_defaults(tmp_path):

@@ -137,6 +137,15 @@ def test_a_pipeline_config_applies_to_what_is_quantized_already(folders):
         DiffusionPipeline.from_pretrained(folders / "float", quantization_config=mapping)
 
 
+def test_names_of_classes_stay_with_the_checkpoint(tmp_path):
+    pipe = pipeline_of("dit")
+    pipe.labels = {"bag": 8, "coat": 4, "jacket": 4}
+    tcaq.quantize(pipe, fast("dit"), tmp_path)
+    again = tcaq.load(tmp_path)
+    assert again.labels == {"bag": 8, "coat": 4, "jacket": 4}
+    assert resolve_conditions(again).labels == (4, 8)
+
+
 def test_saved_as_a_whole_the_text_encoder_stays_float(folders, tmp_path):
     pipe = tcaq.load(folders / "w4a4")
     pipe.save_pretrained(tmp_path)

@@ -160,6 +160,13 @@ def test_a_condition_that_the_pipeline_has_no_argument_for_is_refused(name, aske
         resolve_conditions(pipe, type(conditions_of("sd"))(**asked))
 
 
+def test_default_labels_are_spread_over_the_classes_there_are():
+    pipe = pipeline_of("dit")
+    assert resolve_conditions(pipe).labels[:3] == (0, 62, 125)  # sixteen of 1000
+    pipe.labels = {"coat": 4, "satchel": 8, "bag": 8, "dress": 3}
+    assert resolve_conditions(pipe).labels == (3, 4, 8)
+
+
 def pipeline_with(call):
     """A pipeline whose call has a signature."""
     kind = type(

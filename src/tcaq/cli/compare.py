@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from tcaq.checkpoint import load
+from tcaq.cli import asking as ask
 from tcaq.cli import options as opt
 from tcaq.cli.app import app, console, notes
 from tcaq.cli.models import open_float
@@ -23,14 +24,15 @@ from tcaq.errors import RunError, UsageError
 from tcaq.evaluate.evaluate import versions
 from tcaq.evaluate.features import load_features
 from tcaq.evaluate.protocol import Protocol, evaluate
+from tcaq.evaluate.real import load_real
 from tcaq.evaluate.sampling import sample_for_evaluation
-from tcaq.recipes.presets import preset_recipe
 from tcaq.recipes.quantize import RUN_FOLDER
 from tcaq.recipes.registry import RECIPES
 from tcaq.records import read_json, replacing, write_json
 from tcaq.report.comparison import HEADINGS, markdown, rows, write_comparison
 from tcaq.report.story import weight_bytes
 from tcaq.runs import Run
+from tcaq.spec.conditions import Conditions
 from tcaq.spec.recipe import Recipe
 
 SHOWN = 16
@@ -38,21 +40,15 @@ SHOWN = 16
 
 @dataclass(frozen=True)
 class Cell:
-    """A recipe, a name or a JSON file, at a width."""
+    """A recipe at a width. Attributes: label: what the table calls it."""
 
-    recipe: str
-    weights: int
-    activations: int
+    label: str
+    recipe: Recipe
 
     @property
     def bits(self) -> str:
         """As the command takes it."""
-        return f"w{self.weights}a{self.activations}"
-
-    @property
-    def label(self) -> str:
-        """What the table calls the recipe."""
-        return Path(self.recipe).stem
+        return f"w{self.recipe.weights}a{self.recipe.activations}"
 
     def folder(self, output: Path, seed: int) -> Path:
         """Where its checkpoint goes."""
@@ -77,14 +73,28 @@ def compare_command(
         str, typer.Option(help="Each seed calibrates anew and samples anew; calibration and evaluation share no noise.")
     ] = "1",
     features: Annotated[str, typer.Option(help="reference, inception, dinov2, or module:attribute.")] = "reference",
+    real: Annotated[
+        Path | None, typer.Option(help="Real images (folder) or statistics (.npz), if the extractor brings none.")
+    ] = None,
+    prompts: ask.PromptsOption = None,
+    negative: ask.NegativeOption = None,
+    labels: ask.LabelsOption = None,
+    guidance: ask.GuidanceOption = None,
+    true_guidance: ask.TrueGuidanceOption = None,
+    size: ask.SizeOption = None,
+    tokens: ask.TokensOption = None,
+    pictures: ask.PicturesOption = None,
 ) -> None:
     """Quantize MODEL by every recipe at every width, measure all of them alike, and write compare.json, .md and .html."""
-    cells = list(parse_cells(recipes, bits, preset, plan))
+    asked = ask.make_conditions(prompts, negative, labels, guidance, true_guidance, size, tokens, pictures)
+    cells = list(parse_cells(recipes, bits, preset, plan, asked))
     numbers = parse_seeds(seeds)
     protocol = {
         "model": model, "preset": preset, "plan": plan, "images": num, "steps": steps, "features": features,
         "versions": versions(),
     }  # fmt: skip
+    protocol |= {} if real is None else {"real": str(real)}
+    protocol |= {} if asked is None else {"conditions": asked.model_dump(mode="json")}
     results = open_results(output / "compare.json", protocol)
     for cell in cells:
         for seed in numbers:
@@ -97,20 +107,19 @@ def compare_command(
     finish(model, cells, numbers, results, output)
 
 
-def parse_cells(recipes: str, bits: str, preset: str, plan: str) -> Iterator[Cell]:
+def parse_cells(
+    recipes: str, bits: str, preset: str, plan: str, conditions: Conditions | None
+) -> Iterator[Cell]:  # fmt: skip
     """Width by width, every recipe. Raises: UsageError for an unknown recipe, preset, width or plan, before anything runs."""
     for width in filter(None, bits.lower().split(",")):
         found = re.fullmatch(r"w(\d+)a(\d+)", width.strip())
         if found is None:
             raise UsageError(f"--bits {width!r}: give widths like w4a8, with commas between")
         for name in filter(None, recipes.split(",")):
-            cell = Cell(name.strip(), int(found[1]), int(found[2]))
-            widths = {"weights": cell.weights, "activations": cell.activations}
-            if cell.recipe.endswith(".json"):
-                Recipe.read(Path(cell.recipe)).changed(widths)
-            else:
-                preset_recipe(cell.recipe, preset, **widths)
-            yield cell
+            recipe = opt.make_recipe(
+                name.strip(), preset, weights=int(found[1]), activations=int(found[2]), plan=plan, conditions=conditions
+            )  # fmt: skip
+            yield Cell(Path(name.strip()).stem, recipe)
     opt.read_plan(plan)
 
 
@@ -161,9 +170,10 @@ def measure(model: str, cell: Cell, seed: int, protocol: dict[str, Any], output:
 
 def make_checkpoint(model: str, cell: Cell, seed: int, protocol: dict[str, Any], output: Path) -> None:
     """Quantize in a process of its own, so that its peak memory is its own. Raises: RunError if that fails."""
+    recipe = output / "recipes" / f"{cell.label}-{cell.bits}.json"
+    write_json(recipe, cell.recipe.model_dump(mode="json"))
     command = [
-        sys.executable, "-m", "tcaq", "quantize", model, "--output", cell.folder(output, seed), "--recipe", cell.recipe,
-        "--weights", cell.weights, "--activations", cell.activations, "--preset", protocol["preset"],
+        sys.executable, "-m", "tcaq", "quantize", model, "--output", cell.folder(output, seed), "--recipe", recipe,
         "--plan", protocol["plan"], "--seed", seed, "--share", output / "trajectories",
     ]  # fmt: skip
     code = subprocess.run([str(part) for part in command], stdout=subprocess.DEVNULL, check=False).returncode
@@ -174,7 +184,12 @@ def make_checkpoint(model: str, cell: Cell, seed: int, protocol: dict[str, Any],
 def evaluation(protocol: dict[str, Any], seed: int, output: Path) -> Protocol:
     """The protocol of one seed."""
     extractor = load_features(protocol["features"])
-    return Protocol(extractor, output / "samples", protocol["images"], protocol["steps"], seed)
+    real, conditions = protocol.get("real"), protocol.get("conditions")
+    return Protocol(
+        extractor=extractor, work=output / "samples", num=protocol["images"], steps=protocol["steps"], seed=seed,
+        real=None if real is None else load_real(Path(real), extractor),
+        conditions=None if conditions is None else Conditions.parse(conditions, where="--conditions"),
+    )  # fmt: skip
 
 
 def finish(model: str, cells: list[Cell], seeds: list[int], results: dict[str, Any], output: Path) -> None:
@@ -200,6 +215,6 @@ def finish(model: str, cells: list[Cell], seeds: list[int], results: dict[str, A
 def first_images(pipe: Any, how: Protocol) -> Tensor:
     """Some of a model's evaluation images, which are on disk by now."""
     sampled = sample_for_evaluation(
-        pipe, how.work, num=how.num, steps=how.steps, seed=how.seed, batch=how.batch
+        pipe, how.work, num=how.num, steps=how.steps, seed=how.seed, batch=how.batch, conditions=how.conditions
     )  # fmt: skip
     return sampled.images[:SHOWN]

@@ -98,8 +98,9 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for a program
 
 
 def make_recipe(
-    recipe: str, preset: str, *, weights: int | None, activations: int | None, steps: int | None, samples: int | None,
-    step_groups: str | None, rounds: int | None, seed: int, memory: float | None, plan: str = "same",
+    recipe: str, preset: str, *, weights: int | None, activations: int | None, steps: int | None = None,
+    samples: int | None = None, step_groups: str | None = None, rounds: int | None = None, seed: int = 0,
+    memory: float | None = None, plan: str = "same",
     left_out: Collection[str] = (), linear_inputs: str | None = None, batch: int | None = None,
     conditions: Conditions | None = None, step_bits: str | None = None, weight_rounding: WeightRounding | None = None,
 ) -> Recipe:  # fmt: skip

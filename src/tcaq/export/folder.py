@@ -17,6 +17,7 @@ from tcaq.export.example import Example, example_of, first_call
 from tcaq.export.interface import Interface
 from tcaq.export.runtime import ExportedDenoiser, Predict
 from tcaq.export.traceable import check_exportable
+from tcaq.models.class_names import keep_class_names
 from tcaq.models.denoiser import find_denoiser
 from tcaq.processor import has_vnni
 from tcaq.records import read_json, write_json
@@ -63,6 +64,7 @@ def _describe(pipe: DiffusionPipeline, name: str, denoiser: nn.Module, folder: P
         k: v for k, v in cast(Any, denoiser).config.items() if k != "quantization_config" and not k.startswith("_")
     }
     write_json(folder / name / CONFIG, config)
+    keep_class_names(pipe)
     index = {k: v for k, v in pipe.config.items() if k != "_name_or_path"}
     write_json(folder / INDEX, index | {"_class_name": type(pipe).__name__, name: [None, None]})
     files = sorted(path.name for path in (folder / name).iterdir() if path.name != CONFIG)

@@ -9,6 +9,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from tcaq.errors import ModelError, UsageError
+from tcaq.models.class_names import named_classes
 from tcaq.models.denoiser import find_denoiser
 from tcaq.models.inpainting import masks, opened
 from tcaq.spec.conditions import PROMPTS, Conditions
@@ -69,11 +70,15 @@ def _check_scope(name: str, takes: Mapping[str, inspect.Parameter], pictures: bo
 
 
 def _labels(pipe: DiffusionPipeline) -> tuple[int, ...]:
-    config = find_denoiser(pipe)[1].config
-    count = getattr(config, "num_embeds_ada_norm", None) or getattr(config, "num_class_embeds", None)
-    if not isinstance(count, int):
-        raise UsageError(f"{type(pipe).__name__} does not say how many classes it knows: give labels")
-    return tuple(dict.fromkeys(i * count // CLASSES for i in range(CLASSES)))
+    """Classes evenly over all there are: those that the pipeline has names for, else all that its denoiser has room for."""
+    known = list(named_classes(pipe))
+    if not known:
+        config = find_denoiser(pipe)[1].config
+        count = getattr(config, "num_embeds_ada_norm", None) or getattr(config, "num_class_embeds", None)
+        if not isinstance(count, int):
+            raise UsageError(f"{type(pipe).__name__} does not say how many classes it knows: give labels")
+        known = list(range(count))
+    return tuple(dict.fromkeys(known[i * len(known) // CLASSES] for i in range(CLASSES)))
 
 
 def call_options(pipe: DiffusionPipeline, conditions: Conditions | None, images: Sequence[int]) -> dict[str, Any]:
