@@ -22,8 +22,8 @@ from tcaq.models.units import concatenations, default_plan, execution_order, res
 from tcaq.recipes.job import check_reached
 from tcaq.spec.recipe import RangeSearch
 from tcaq.spec.steps import StepGroups
+from tcaq.stages.draw import draw_parts
 from tcaq.stages.observe import observe
-from tcaq.stages.reconstruct import draw_inputs
 from tcaq.stages.scale import apply_input_scales, apply_weight_scales, scale_inputs, scale_weights
 
 from .tiny import FAMILIES, conditional_unet, conditions_of, flux, pipeline_of
@@ -115,7 +115,7 @@ def test_every_layer_and_all_four_operands_of_attention_are_quantized(name):
 def test_mixed_timesteps_of_a_batch_have_each_their_group(name):
     denoiser, trajectories, _ = inserted(name, bits=4)
     calibrate(denoiser, trajectories)
-    drawn = draw_inputs(trajectories, 10**6, 0)
+    drawn = draw_parts(trajectories, 10**6, 0)[0]
     assert len(drawn.timestep.unique()) > 1
     with faking(denoiser), torch.no_grad():
         together = drawn(denoiser)

@@ -10,11 +10,12 @@ from tcaq.models.denoiser import attach_clock, clock_of
 from tcaq.models.inputs import Inputs
 from tcaq.models.trajectories import Trajectories
 from tcaq.models.units import default_plan, execution_order, resolve
-from tcaq.spec.recipe import Grouping, RangeSearch, Reconstruction
+from tcaq.spec.recipe import Gptq, Grouping, RangeSearch, Reconstruction
 from tcaq.spec.steps import StepGroups
 from tcaq.stages.group import group
 from tcaq.stages.observe import observe
 from tcaq.stages.reconstruct import Fit, Reconstructor, apply_unit, initial_distances, quantized_outputs
+from tcaq.stages.round import Hessians, Rounder, round_layer
 from tcaq.stages.scale import apply_input_scales, apply_weight_scales, scale_inputs, scale_weights
 
 from .tiny import conditional_unet
@@ -91,3 +92,23 @@ def test_step_groups_are_learned_from_both():
     record = group(unet, trajectories, ranges, SEARCH, Grouping(iterations=3, inputs=8, batch=2, groups=2), 0)
     assert len(record.meta["losses"]) == 3
     assert record.tensors["classes"].shape == (4,)
+
+
+def test_error_feedback_sees_the_texts_of_both():
+    """The keys of a block: their input is the text alone, so that the Hessian can be written down."""
+    unet, middle, units, trajectories, _ = build()
+    block = next(unit for unit in middle if "transformer_blocks" in unit.name)
+    keys = block.module.attn2.to_k
+    start = keys.weight_quantizer.codes.clone()
+    with Rounder(unet, units, trajectories, Gptq(inputs=12, batch=4), 0, memory=1.0) as rounder:
+        record = rounder.round(block.name)
+    rounded = keys.weight_quantizer.codes.clone()
+    keys.weight_quantizer.codes.copy_(start)
+    hessians = Hessians(keys, 4096)
+    for call in trajectories.calls():  # twelve inputs are all there are
+        clock_of(unet).set(call.timestep)
+        hessians.add(call.rows["encoder_hidden_states"])
+    errors = round_layer(keys, hessians, Gptq().damping)
+    assert float((keys.weight_quantizer.codes == rounded).float().mean()) > 0.99  # another order of sums may tip a tie
+    assert record.meta["errors"]["attn2.to_k"]["gptq"] == pytest.approx(errors["gptq"], rel=1e-3)
+    assert errors["gptq"] < errors["nearest"]

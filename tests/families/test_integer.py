@@ -17,7 +17,7 @@ from tcaq.models.sampler import sample
 from tcaq.models.trajectories import predict
 from tcaq.models.units import default_plan, resolve
 from tcaq.spec.steps import StepGroups
-from tcaq.stages.reconstruct import draw_inputs
+from tcaq.stages.draw import draw_parts
 
 from .quantized import quantized_of
 from .test_execution import Stranger
@@ -65,7 +65,7 @@ def check_layers(denoiser, met, inputs, step):
 def test_layers_predictions_and_images_are_those_of_the_fake_model(name):
     pipe, trajectories = quantized_of(name, "split")
     denoiser = find_denoiser(pipe)[1]
-    drawn = draw_inputs(trajectories, 10**6, 0)  # timesteps of several groups in one batch
+    drawn = draw_parts(trajectories, 10**6, 0)[0]  # timesteps of several groups in one batch
     assert len(drawn.timestep.unique()) > 1
     planned = dict(quantized_layers(denoiser))
     met, expected = meetings(denoiser, drawn), predict(denoiser, trajectories)
@@ -88,7 +88,7 @@ def test_layers_predictions_and_images_are_those_of_the_fake_model(name):
 def test_grids_for_each_token_run_in_integers(name, bits):
     pipe, trajectories = quantized_of(name, "tokens", bits=bits)
     denoiser = find_denoiser(pipe)[1]
-    drawn = draw_inputs(trajectories, 10**6, 0)
+    drawn = draw_parts(trajectories, 10**6, 0)[0]
     met = meetings(denoiser, drawn)
     tokens = [n for n, (layer, *_) in met.items() if type(layer.input_quantizer).__name__ == "TokenQuantizer"]
     expected = predict(denoiser, trajectories)
@@ -109,7 +109,7 @@ HALVES = [
 def test_half_precision_between_integer_layers(name, dtype):
     pipe, trajectories = quantized_of(name, "split", bits=8, dtype=dtype)
     denoiser = find_denoiser(pipe)[1]
-    drawn = draw_inputs(trajectories, 10**6, 0)
+    drawn = draw_parts(trajectories, 10**6, 0)[0]
     met, expected = meetings(denoiser, drawn), predict(denoiser, trajectories).float()
     lowering = tcaq.lower(pipe)
     assert {row.reason for row in lowering.kept} == {NO_PRODUCT}

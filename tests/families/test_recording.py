@@ -15,9 +15,9 @@ from tcaq.models.denoiser import find_denoiser
 from tcaq.models.inputs import Inputs
 from tcaq.models.prompting import resolve_conditions
 from tcaq.models.sampler import record, sample
-from tcaq.models.trajectories import Trajectories, predict, recording
+from tcaq.models.trajectories import Drawn, Trajectories, predict, recording
 from tcaq.stages.collect import collect, trajectories_of
-from tcaq.stages.reconstruct import draw_inputs, draw_parts
+from tcaq.stages.draw import draw_parts
 
 from .tiny import FAMILIES, conditional_unet, conditions_of, pipeline_of
 
@@ -80,7 +80,7 @@ def test_images_do_not_depend_on_the_batch_and_drawn_rows_are_those_recorded(nam
     parts = [record(pipe, SEEDS[:2], 2, conditions)[1], record(pipe, SEEDS[2:], 2, conditions, first=2)[1]]
     joined = Trajectories.join(parts)
     torch.testing.assert_close(joined.samples, whole.samples, rtol=1e-3, atol=1e-4)
-    drawn = draw_inputs(joined, 10**6, 0)
+    drawn = draw_parts(joined, 10**6, 0)[0]
     assert len(drawn) == joined.samples.shape[0] * joined.samples.shape[1]
     denoiser = find_denoiser(pipe)[1]
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_halves_of_unequal_length_are_kept_and_make_no_common_batch():
     assert [tuple(c.rows["text"].shape) for c in trajectories.calls()] == [(2, 3, 4), (2, 5, 4)] * 2
     assert trajectories.conditioning.arguments["text"].index.tolist() == [0, 1, 0, 1]
     with pytest.raises(UsageError, match="'text' in other shapes"):
-        draw_inputs(trajectories, 8, 0)
+        Drawn(trajectories, torch.arange(4), torch.zeros(4, dtype=torch.int64))[:]
     short_half, long_half = (part[:] for part in draw_parts(trajectories, 8, 0))
     assert [tuple(half.rows["text"].shape) for half in (short_half, long_half)] == [(4, 3, 4), (4, 5, 4)]
 
@@ -135,7 +135,7 @@ def test_arguments_given_to_some_calls_only_and_plain_values():
     assert torch.equal(second.rows["text"], torch.ones(2, 3))
     assert first.whole == second.whole == {"scale": 2.0}
     with pytest.raises(UsageError, match="'text' in other shapes, or not at all"):
-        draw_inputs(trajectories, 4, 0)
+        Drawn(trajectories, torch.arange(2), torch.zeros(2, dtype=torch.int64))[:]
     assert [set(part[:].rows) for part in draw_parts(trajectories, 4, 0)] == [set(), {"text"}]
 
 

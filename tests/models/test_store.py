@@ -21,7 +21,7 @@ from tcaq.models.trajectories import Trajectories, predict, recording
 from tcaq.records import Record
 from tcaq.spec.law import Active
 from tcaq.stages.collect import GIVEN, trajectories_of
-from tcaq.stages.reconstruct import draw_inputs
+from tcaq.stages.draw import draw_parts
 from tcaq.stages.weigh import weigh
 
 STATUS = Path("/proc/self/status")
@@ -106,7 +106,7 @@ def journey(store: Store, folder: Path) -> list[torch.Tensor]:
         parts.append(trajectories_of(Record.load(folder / f"{batch}.safetensors")))
     joined = Trajectories.join(parts, store)
     joined = weighted(joined)
-    drawn = draw_inputs(joined, CALLS * IMAGES, 0).split(4)
+    drawn = draw_parts(joined, CALLS * IMAGES, 0)[0].split(4)
     means = [torch.stack([inputs.sample.mean(1), inputs.rows["text"].mean(1)]) for inputs in (d[:] for d in drawn)]
     return [joined.shares, predict(denoiser, joined), *means]
 

@@ -12,12 +12,12 @@ from tcaq.models.units import Unit
 from tcaq.records import Record
 from tcaq.spec.recipe import Reconstruction
 from tcaq.stages.cache import ActivationCache
+from tcaq.stages.draw import draw_parts
 from tcaq.stages.reconstruct import (
     Fit,
     Reconstructor,
     annealed,
     apply_unit,
-    draw_inputs,
     initial_distances,
     rows_of,
     unit_state,
@@ -35,7 +35,7 @@ def make(scene, memory=1.0, **changes):
 @pytest.mark.parametrize("mode", [Mode.FLOAT, Mode.FAKE])
 @pytest.mark.parametrize("budget", [0, 2**30])
 def test_replayed_inputs_equal_those_of_a_whole_pass(ready, mode, budget, tmp_path):
-    batches = draw_inputs(ready.trajectories, 8, 0).split(4)
+    batches = draw_parts(ready.trajectories, 8, 0)[0].split(4)
     with ActivationCache(budget, tmp_path) as cache:
         replay = Replay(ready.unet, ready.units, batches, cache)
         for unit in ready.units[::3]:
@@ -58,7 +58,7 @@ def test_replayed_inputs_equal_those_of_a_whole_pass(ready, mode, budget, tmp_pa
 
 
 def test_passed_units_are_not_run_again(ready):
-    inputs = draw_inputs(ready.trajectories, 4, 0)
+    inputs = draw_parts(ready.trajectories, 4, 0)[0]
     runs = {unit.name: 0 for unit in ready.units}
     with ActivationCache(2**30) as cache:
         replay = Replay(ready.unet, ready.units, [inputs], cache)
@@ -73,9 +73,9 @@ def test_passed_units_are_not_run_again(ready):
 
 def test_inputs_are_drawn_evenly_over_steps(ready):
     steps, images = ready.trajectories.samples.shape[:2]
-    timesteps = draw_inputs(ready.trajectories, steps * 3, 0).timestep
+    timesteps = draw_parts(ready.trajectories, steps * 3, 0)[0].timestep
     assert timesteps.unique(return_counts=True)[1].tolist() == [3] * steps
-    samples = draw_inputs(ready.trajectories, 10**6, 0)[:].sample
+    samples = draw_parts(ready.trajectories, 10**6, 0)[0][:].sample
     assert len(samples) == steps * images
     assert len(samples.flatten(1).unique(dim=0)) == steps * images
 

@@ -19,7 +19,7 @@ from tcaq.spec.plan import LayerGrids
 from tcaq.spec.recipe import Gptq
 from tcaq.spec.steps import StepGroups
 from tcaq.stages.call import Call
-from tcaq.stages.reconstruct import draw_inputs
+from tcaq.stages.draw import draw_parts
 from tcaq.stages.round import Hessians, Rounder, apply_codes, round_layer
 
 SPEC = Gptq(inputs=12, batch=4)
@@ -101,7 +101,7 @@ def test_hessians_are_those_of_the_quantized_input_and_bring_outputs_closer(kind
 def test_each_layer_is_rounded_on_what_was_rounded_before_it(ready, monkeypatch):
     """The last unit's record against Hessians of the inputs that a plain pass of the quantized model gives its layers."""
     monkeypatch.setattr("tcaq.stages.round.CHUNK", 4000)  # a few samples at a time, of several step groups
-    drawn = draw_inputs(ready.trajectories, SPEC.inputs, 0).split(SPEC.batch)
+    drawn = draw_parts(ready.trajectories, SPEC.inputs, 0)[0].split(SPEC.batch)
     with make(ready) as rounder:
         for unit in ready.units[:-1]:
             apply_codes(unit, rounder.round(unit.name))
@@ -166,7 +166,7 @@ def test_a_layer_that_runs_twice_in_a_unit_is_seen_twice(ready):
     unit = Unit("twice", Twice(quantized(nn.Linear(4, 4))))
     with make(ready) as rounder:
         rounder.units["twice"] = unit
-        x = torch.randn(len(rounder.timesteps), 4)
+        x = torch.randn(len(rounder.replay.parts[0]), 4)
         seen = []
         rounder.replay.inputs = lambda *_: Call.of((x,), {}, len(x))
         with pytest.MonkeyPatch.context() as patch:

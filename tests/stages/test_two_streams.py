@@ -17,9 +17,10 @@ from tcaq.models.units import default_plan, execution_order, resolve
 from tcaq.spec.recipe import RangeSearch, Reconstruction
 from tcaq.spec.steps import StepGroups
 from tcaq.stages.cache import ActivationCache
+from tcaq.stages.draw import draw_parts
 from tcaq.stages.observe import observe
 from tcaq.stages.precise import precise
-from tcaq.stages.reconstruct import Fit, Reconstructor, apply_unit, draw_inputs
+from tcaq.stages.reconstruct import Fit, Reconstructor, apply_unit
 from tcaq.stages.replay import Replay
 from tcaq.stages.scale import apply_input_scales, apply_weight_scales, scale_inputs, scale_weights
 
@@ -79,7 +80,7 @@ def scene(request, monkeypatch):
 def test_replayed_calls_are_those_of_a_whole_pass(scene, mode, budget):
     model, units, trajectories = scene
     assert [unit.name for unit in units] == ["embed", "blocks.0", "blocks.1"]
-    batches = draw_inputs(trajectories, 8, 0).split(4)
+    batches = draw_parts(trajectories, 8, 0)[0].split(4)
     with ActivationCache(budget) as cache:
         replay = Replay(model, units, batches, cache)
         for unit in units:

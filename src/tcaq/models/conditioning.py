@@ -50,7 +50,7 @@ class Argument:
 
         Raises: UsageError if they cannot be put into one batch.
         """
-        which, distinct = self.index[calls], self.common(path, calls)
+        which, distinct = self.index[calls], self._common(path, calls)
         if len(distinct) == 1:
             value = None if distinct[0] == ABSENT else self.values[distinct[0]]
             return cast(Tensor, value)[images] if self.by_image and value is not None else value
@@ -61,7 +61,7 @@ class Argument:
             rows[here] = self.values[i][images[here]]
         return rows
 
-    def common(self, path: str, calls: Tensor) -> list[int]:
+    def _common(self, path: str, calls: Tensor) -> list[int]:
         """The values that some calls were given, by number. Raises: UsageError if they cannot be put into one batch."""
         distinct: list[int] = self.index[calls].unique().tolist()
         if len(distinct) == 1:
@@ -69,7 +69,7 @@ class Argument:
         if ABSENT in distinct or not self.by_image or len({self.values[i].shape for i in distinct}) > 1:
             raise UsageError(
                 f"the pipeline gives {path!r} in other shapes, or not at all, to some calls of its denoiser, so that their inputs "
-                "make no common batch; pad prompts to one length, or leave GPTQ out"
+                "make no common batch; pad prompts to one length"
             )
         return distinct
 
@@ -104,11 +104,6 @@ class Conditioning:
         kinds = [tuple(argument.form(call) for argument in self.arguments.values()) for call in range(calls)]
         known = list(dict.fromkeys(kinds))
         return torch.tensor([known.index(kind) for kind in kinds])
-
-    def check(self, calls: Tensor) -> None:
-        """Raises: UsageError if what some calls, int64 [n], were given makes no common batch."""
-        for path, argument in self.arguments.items():
-            argument.common(path, calls)
 
     def first(self, images: int) -> Conditioning:
         """That of the first images."""

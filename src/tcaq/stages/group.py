@@ -12,7 +12,7 @@ from tcaq.quantizers.affine import AffineQuantizer
 from tcaq.records import Record
 from tcaq.spec.recipe import Grouping, RangeSearch
 from tcaq.spec.steps import StepGroups
-from tcaq.stages.reconstruct import draw_parts
+from tcaq.stages.draw import draw_parts
 from tcaq.stages.scale import affine_operands, apply_input_scales, scale_inputs
 from tcaq.stages.teaching import choose
 

@@ -17,17 +17,16 @@ from tcaq.layers.insert import QuantizedLayer, quantized_layers
 from tcaq.layers.modes import Mode, running
 from tcaq.layers.weighted import QuantizedWeight
 from tcaq.models.denoiser import clock_of
-from tcaq.models.trajectories import Drawn, Trajectories
+from tcaq.models.trajectories import Trajectories
 from tcaq.models.units import Unit
-from tcaq.numerics.shares import quotas
 from tcaq.quantizers.affine import AffineQuantizer
 from tcaq.quantizers.clock import StepClock
 from tcaq.records import Record
 from tcaq.spec.recipe import Reconstruction
 from tcaq.stages.cache import ActivationCache
 from tcaq.stages.call import Call
+from tcaq.stages.draw import PartsReplay, draw_parts
 from tcaq.stages.precise import precise
-from tcaq.stages.replay import Replay
 from tcaq.stages.teaching import Lessons, Teaching
 
 CORRECTION = "bias_correction"
@@ -62,12 +61,9 @@ class Reconstructor:
         """Args: how: of every unit, and the seed of the choice of inputs; memory: GiB of activations kept in memory."""
         self.denoiser, self.how = denoiser, how
         self.units = {unit.name: unit for unit in units}
-        self.parts = draw_parts(trajectories, how.spec.inputs, how.seed)
         self.cache = ActivationCache(int(memory * 2**30), spill)
-        batches = [part.split(how.spec.batch) for part in self.parts]
-        ends = torch.tensor([len(own) for own in batches]).cumsum(0).tolist()
-        self.batches_of = [range(end - len(own), end) for end, own in zip(ends, batches, strict=True)]
-        self.replay = Replay(denoiser, units, [batch for own in batches for batch in own], self.cache)
+        drawn = draw_parts(trajectories, how.spec.inputs, how.seed)
+        self.replay = PartsReplay(denoiser, units, drawn, how.spec.batch, self.cache)
 
     def __enter__(self) -> Self:
         return self
@@ -85,13 +81,12 @@ class Reconstructor:
             return fit(unit, lessons, clock_of(self.denoiser), self.how)
 
     def _lessons(self, unit: Unit) -> Lessons:
-        numbers = range(len(self.parts))
-        return Lessons(tuple(self._teaching(unit, number) for number in numbers))
+        return Lessons(tuple(self._teaching(unit, number) for number in range(len(self.replay.parts))))
 
     def _teaching(self, unit: Unit, number: int) -> Teaching:
-        batches, timesteps = self.batches_of[number], self.parts[number].timestep
-        float_inputs = self.replay.inputs(unit, Mode.FLOAT, batches).cast(torch.float32)
-        inputs = self.replay.inputs(unit, Mode.FAKE, batches).cast(torch.float32)
+        timesteps = self.replay.parts[number].timestep
+        float_inputs = self.replay.inputs(unit, Mode.FLOAT, number).cast(torch.float32)
+        inputs = self.replay.inputs(unit, Mode.FAKE, number).cast(torch.float32)
         # texts and embeddings reach both streams unchanged: they are kept once
         inputs = inputs.zip(float_inputs, lambda fake, exact: exact if torch.equal(fake, exact) else fake)
         with precise(unit.module), running(unit.module, Mode.FLOAT), torch.no_grad():
@@ -119,32 +114,6 @@ def time_lessons(unit: Unit, timesteps: Tensor) -> Lessons:
     call = Call.of((timesteps,), {}, len(timesteps))
     with running(unit.module, Mode.FLOAT), torch.no_grad():
         return Lessons((Teaching(call, call, call(unit.module), timesteps),))
-
-
-def draw_parts(trajectories: Trajectories, count: int, seed: int) -> list[Drawn]:
-    """`count` of the recorded inputs, each call as often as its share says, in random order; a part for each form of call."""
-    calls, images = _drawn(trajectories, count, seed)
-    forms = trajectories.conditioning.forms(len(trajectories.timesteps))[calls]
-    return [Drawn(trajectories, calls[forms == form], images[forms == form]) for form in forms.unique()]
-
-
-def draw_inputs(trajectories: Trajectories, count: int, seed: int) -> Drawn:
-    """The same as one part. Raises: UsageError if there are calls of several forms."""
-    calls, images = _drawn(trajectories, count, seed)
-    trajectories.conditioning.check(calls)
-    return Drawn(trajectories, calls, images)
-
-
-def _drawn(trajectories: Trajectories, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """The numbers of a call and an image for each drawn input, int64 [n] both."""
-    steps, images = trajectories.samples.shape[:2]
-    generator = torch.Generator().manual_seed(seed)
-    # a random order of the images for each step, of which each step gives as many as its quota from the first on
-    order = torch.stack([torch.randperm(images, generator=generator) for _ in range(steps)], dim=1)
-    pairs = torch.stack([torch.arange(steps).expand(images, steps), order], dim=-1)
-    pairs = pairs[torch.arange(images)[:, None] < quotas(trajectories.shares, count, images)]
-    pairs = pairs[torch.randperm(len(pairs), generator=generator)]
-    return pairs[:, 0], pairs[:, 1]
 
 
 def rows_of(call: Call, rows: Tensor) -> Call:

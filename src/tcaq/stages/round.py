@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,9 +25,9 @@ from tcaq.records import Record
 from tcaq.spec.recipe import Gptq
 from tcaq.stages.cache import ActivationCache
 from tcaq.stages.call import Call
+from tcaq.stages.draw import PartsReplay, draw_parts
 from tcaq.stages.precise import precise
-from tcaq.stages.reconstruct import draw_inputs, rows_of
-from tcaq.stages.replay import Replay
+from tcaq.stages.reconstruct import rows_of
 
 CHUNK = 2**24
 """Numbers of an unfolded input that are in memory at a time."""
@@ -34,6 +35,14 @@ CHUNK = 2**24
 
 class _SeenError(Exception):
     """Ends a pass once the layer that it was made for has seen its input."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a unit is given in one part of the drawn inputs. Attributes: call: joined over batches; timesteps: [n]."""
+
+    call: Call
+    timesteps: Tensor
 
 
 class Rounder:
@@ -46,10 +55,8 @@ class Rounder:
         """Args: seed: of the choice of inputs; memory: GiB of activations kept in memory."""
         self.denoiser, self.spec = denoiser, spec
         self.units = {unit.name: unit for unit in units}
-        inputs = draw_inputs(trajectories, spec.inputs, seed)
-        self.timesteps = inputs.timestep
         self.cache = ActivationCache(int(memory * 2**30), spill)
-        self.replay = Replay(denoiser, units, inputs.split(spec.batch), self.cache)
+        self.replay = PartsReplay(denoiser, units, draw_parts(trajectories, spec.inputs, seed), spec.batch, self.cache)
 
     def __enter__(self) -> Self:
         return self
@@ -71,16 +78,22 @@ class Rounder:
         codes: dict[str, Tensor] = {}
         errors: dict[str, dict[str, float]] = {}
         if names:
-            inputs = self.replay.inputs(unit, Mode.FAKE).cast(torch.float32)
+            shown = [self._inputs(unit, number) for number in range(len(self.replay.parts))]
             with precise(unit.module), running(unit.module, Mode.FAKE):
-                for layer, times in self._in_order(unit, inputs, list(names)).items():
+                for layer, times in self._in_order(unit, shown[0], list(names)).items():
                     hessians = Hessians(layer, self.spec.width)
-                    self._show(unit, inputs, layer, times, hessians.add)
+                    for inputs in shown:
+                        self._show(unit, inputs, layer, times, hessians.add)
                     errors[names[layer]] = round_layer(layer, hessians, self.spec.damping)
                     codes[names[layer]] = layer.weight_quantizer.codes.clone()
         return Record(codes, {"unit": name, "errors": errors})
 
-    def _in_order(self, unit: Unit, inputs: Call, layers: list[QuantizedWeight]) -> dict[QuantizedWeight, int]:
+    def _inputs(self, unit: Unit, number: int) -> Inputs:
+        return Inputs(
+            self.replay.inputs(unit, Mode.FAKE, number).cast(torch.float32), self.replay.parts[number].timestep
+        )
+
+    def _in_order(self, unit: Unit, inputs: Inputs, layers: list[QuantizedWeight]) -> dict[QuantizedWeight, int]:
         """The layers in the order in which a pass first reaches them, and how often it does."""
         reached: dict[QuantizedWeight, int] = {}
 
@@ -92,7 +105,7 @@ class Rounder:
         return reached
 
     def _show(
-        self, unit: Unit, inputs: Call, layer: QuantizedWeight, times: int, visit: Callable[[Tensor], None]
+        self, unit: Unit, inputs: Inputs, layer: QuantizedWeight, times: int, visit: Callable[[Tensor], None]
     ) -> None:  # fmt: skip
         """Show all inputs of a layer to `visit`; what follows the layer in the unit is not run."""
         left = 0
@@ -105,16 +118,16 @@ class Rounder:
                 raise _SeenError
 
         with _visiting({layer: show}):
-            for rows in torch.arange(len(self.timesteps)).split(self.spec.batch):
+            for rows in torch.arange(len(inputs.timesteps)).split(self.spec.batch):
                 left = times
                 try:
                     self._run(unit, inputs, rows)
                 except _SeenError:
                     continue
 
-    def _run(self, unit: Unit, inputs: Call, rows: Tensor) -> None:
-        clock_of(self.denoiser).set(self.timesteps[rows])
-        rows_of(inputs, rows)(unit.module)
+    def _run(self, unit: Unit, inputs: Inputs, rows: Tensor) -> None:
+        clock_of(self.denoiser).set(inputs.timesteps[rows])
+        rows_of(inputs.call, rows)(unit.module)
 
 
 @contextmanager
