@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
 
 from tcaq import checkpoint
 from tcaq.bench import contenders, measure, memory
-from tcaq.bench.contenders import CONTENDERS, Bout, Contender
+from tcaq.bench.bout import Bout
+from tcaq.bench.contenders import CONTENDERS, Contender
 from tcaq.bench.measure import Settings, benchmark
 from tcaq.bench.memory import peak_memory
 from tcaq.cli import app
@@ -56,12 +58,12 @@ def test_a_contender_that_cannot_run_says_why_and_the_others_go_on(bout, monkeyp
         raise RuntimeError("no such operator\nand a page of stack")
 
     def narrow(bout: Bout) -> Contender:
-        def refuse(_, args):
-            if len(args[0]) > 1:
+        def refuse(_, args, given):
+            if len(args[0] if args else given["sample"]) > 1:
                 raise RuntimeError("one image only")
 
         pipe = bout.load_float()
-        pipe.unet.register_forward_pre_hook(refuse)
+        pipe.unet.register_forward_pre_hook(refuse, with_kwargs=True)
         return Contender(pipe, None)
 
     monkeypatch.setitem(CONTENDERS, "nncf", lacking)
@@ -92,6 +94,15 @@ def test_the_float_model_in_another_runtime_is_the_float_model(bout):
     assert row.problem is None
     assert row.psnr > 60
     assert row.size == (bout.work / "onnx-fp32.onnx").stat().st_size
+
+
+def test_what_was_built_of_something_else_is_not_taken_for_this_models(bout, tiny_pipeline, quantized_tiny, tmp_path):
+    work = tmp_path / "work"
+    benchmark(replace(bout, work=work), ["fake"], SETTINGS, lambda _: None)
+    benchmark(replace(bout, work=work), ["fake"], SETTINGS, lambda _: None)
+    checkpoint.save(quantized_tiny(tiny_pipeline(), weights=4), tmp_path / "other")
+    with pytest.raises(UsageError, match="another model"):
+        benchmark(replace(bout, work=work, folder=tmp_path / "other"), ["fake"], SETTINGS, lambda _: None)
 
 
 def test_unknown_names_are_refused(bout):

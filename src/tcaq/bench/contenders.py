@@ -13,36 +13,18 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 from tcaq.bench import peers
+from tcaq.bench.bout import Bout
 from tcaq.checkpoint import load
 from tcaq.errors import TcaqError
 from tcaq.export import export_onnx, export_openvino, load_onnx, load_openvino
 from tcaq.integer.lower import lower
 from tcaq.models.denoiser import find_denoiser
-from tcaq.models.sampler import Trajectories, record
-from tcaq.models.seeds import image_seeds
+from tcaq.models.load import FULL_PRECISION
 from tcaq.processor import has_vnni
 
 
 class Unavailable(TcaqError):
     """A contender cannot run here; the message says why."""
-
-
-@dataclass(frozen=True)
-class Bout:
-    """Where contenders come from.
-
-    Attributes: folder: the checkpoint; model: name of the float model; work: folder for what is built; load_float: loads the
-    float model.
-    """
-
-    folder: Path
-    model: str
-    work: Path
-    load_float: Callable[[], DiffusionPipeline]
-
-    def calibration(self) -> Trajectories:
-        """Inputs that tools calibrate with, recorded from the float model."""
-        return record(self.load_float(), image_seeds("bench calibration", 0, 0, 8), 8)[1]
 
 
 @dataclass(frozen=True)
@@ -54,11 +36,13 @@ class Contender:
 
 
 class InHalf(nn.Module):
-    """A denoiser in bfloat16 among float32 samplers: diffusers' own cannot turn bfloat16 into images."""
+    """A denoiser in bfloat16 among float32 samplers: pipelines of U-Nets for pixels cannot turn bfloat16 into images."""
+
+    dtype = torch.float32
 
     def __init__(self, denoiser: nn.Module) -> None:
         super().__init__()
-        self.denoiser, self.config, self.dtype = denoiser, cast(Any, denoiser).config, torch.float32
+        self.denoiser, self.config = denoiser, cast(Any, denoiser).config
         self.device = next(denoiser.parameters()).device
 
     def forward(self, sample: Tensor, timestep: Tensor) -> UNet2DOutput:
@@ -81,9 +65,17 @@ def _compiled(bout: Bout) -> Contender:
 def _bf16(bout: Bout) -> Contender:
     pipe = bout.load_float()
     denoiser = find_denoiser(pipe)[1].to(torch.bfloat16)
-    return Contender(
-        peers.with_denoiser(pipe, InHalf(denoiser)), sum(p.numel() * p.element_size() for p in denoiser.parameters())
-    )
+    return Contender(_in_bfloat16(pipe), sum(p.numel() * p.element_size() for p in denoiser.parameters()))
+
+
+def _in_bfloat16(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """A pipeline whose denoiser is in bfloat16, made to sample."""
+    if type(pipe).__name__ in FULL_PRECISION:
+        return peers.with_denoiser(pipe, InHalf(find_denoiser(pipe)[1]))
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module) and part is not find_denoiser(pipe)[1]:
+            part.to(torch.bfloat16)
+    return pipe
 
 
 def _size(folder: Path, name: str) -> int:
@@ -96,9 +88,8 @@ def _ours(bout: Bout, execution: str, dtype: torch.dtype | None = None) -> Conte
         lowering = lower(pipe, products="fused" if execution == "fused" else "plan")
         if all(layer.execution == "fake" for layer in lowering.layers):
             raise Unavailable(lowering.layers[0].reason)
-    name, denoiser = find_denoiser(pipe)
-    whole = pipe if dtype is None else peers.with_denoiser(pipe, InHalf(denoiser))
-    return Contender(whole, _size(bout.folder, name))
+    size = _size(bout.folder, find_denoiser(pipe)[0])
+    return Contender(pipe if dtype is None else _in_bfloat16(pipe), size)
 
 
 def _exported(bout: Bout, form: str) -> Contender:
@@ -111,8 +102,7 @@ def _exported(bout: Bout, form: str) -> Contender:
 
 
 def _peer(bout: Bout, build: peers.Peer) -> Contender:
-    pipe, size = build(bout.load_float(), bout.work, bout.calibration)
-    return Contender(pipe, size)
+    return Contender(*build(bout.load_float(), bout))
 
 
 CONTENDERS: dict[str, Build] = {

@@ -2,37 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout
 from io import StringIO
-from typing import Any, cast
 
 import torch
-from diffusers import DiffusionPipeline
 from pydantic import BaseModel, ConfigDict
 
-from tcaq.bench.contenders import CONTENDERS, Bout, Contender
+from tcaq.bench.bout import Bout
+from tcaq.bench.calls import Arguments, call_of, ready
+from tcaq.bench.contenders import CONTENDERS, Contender
 from tcaq.bench.memory import peak_memory
 from tcaq.bench.timing import interleaved
+from tcaq.checkpoint import load
 from tcaq.errors import TcaqError, UsageError
 from tcaq.evaluate.evaluate import versions
 from tcaq.evaluate.metrics import psnr
 from tcaq.layers.hold import holding_weights
 from tcaq.models.denoiser import find_denoiser
+from tcaq.models.load import weights_hash
 from tcaq.models.sampler import sample
 from tcaq.models.seeds import image_seeds
 from tcaq.processor import has_vnni, processor
+from tcaq.records import read_json, write_json
+from tcaq.spec.conditions import Conditions
 
 FLOAT = "fp32"
+MADE_OF = "made-of.json"
 PURPOSE = "bench"
-TIMESTEP = 500
 
 
 class Settings(BaseModel):
     """What is measured.
 
-    batches: images at a time; size: height and width (None: the model's own); repeat: timed repetitions; steps, images: of the
-    samples compared with float; memory: whether peak memory is measured, each contender in a process of its own.
+    batches: images at a time; size: height and width in pixels (None: the model's own); repeat: timed repetitions; steps,
+    images: of the samples compared with float; memory: whether peak memory is measured, each contender in a process of its own.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -48,9 +52,9 @@ class Settings(BaseModel):
 class Row(BaseModel):
     """One contender.
 
-    seconds: median seconds of one step, by batch size; psnr: mean over images against the float model's, dB; memory: peak bytes
-    while sampling beyond what the process held before it loaded the model; size: bytes of the denoiser on disk; problem: why it
-    did not run.
+    seconds: median seconds of one call of the denoiser, by images at a time; psnr: mean over images against the float model's, dB;
+    memory: peak bytes while sampling beyond what the process held before it loaded the model; size: bytes of the denoiser on
+    disk; problem: why it did not run.
     """
 
     name: str
@@ -84,14 +88,15 @@ def benchmark(bout: Bout, names: Sequence[str], settings: Settings, note: Callab
     Raises: UsageError naming contenders that are not known.
     """
     check_names(names)
-    bout.work.mkdir(parents=True, exist_ok=True)
+    claim_folder(bout)
+    calls = _calls(bout, settings)
     found = {}
     for name in dict.fromkeys((FLOAT, *names)):
         note(f"building {name}")
-        found[name] = _build(bout, name, settings)
+        found[name] = _build(bout, name, calls)
     built = {name: contender for name, contender in found.items() if isinstance(contender, Contender)}
-    seconds = {batch: _time(built, batch, settings) for batch in settings.batches}
-    likeness = _compare(built, settings)
+    seconds = {batch: _time(built, calls[batch], settings.repeat) for batch in settings.batches}
+    likeness = _compare(built, settings, bout.conditions)
 
     def row(name: str, contender: Contender | str) -> Row:
         if isinstance(contender, str):
@@ -106,13 +111,38 @@ def benchmark(bout: Bout, names: Sequence[str], settings: Settings, note: Callab
     )  # fmt: skip
 
 
-def _build(bout: Bout, name: str, settings: Settings) -> Contender | str:
+def claim_folder(bout: Bout) -> None:
+    """Make the folder for what is built, and note in it what that is made of.
+
+    Raises: UsageError if it holds what was made of something else.
+    """
+    bout.work.mkdir(parents=True, exist_ok=True)
+    path, made_of = bout.work / MADE_OF, {
+        "checkpoint": weights_hash(find_denoiser(load(bout.folder))[1]),
+        "model": weights_hash(find_denoiser(bout.load_float())[1]),
+        "vnni": bool(has_vnni()),
+    }  # fmt: skip
+    if path.exists() and read_json(path) != made_of:
+        raise UsageError(
+            f"{bout.work} holds what was built of another model or on another processor; give another --work"
+        )
+    write_json(path, made_of)
+
+
+def _calls(bout: Bout, settings: Settings) -> dict[int | None, Arguments]:
+    """The timed call by number of images, and under None that of the images that are compared."""
+    pipe = bout.load_float()
+    calls: dict[int | None, Arguments] = {None: call_of(pipe, settings.images, None, bout.conditions)}
+    return calls | {batch: call_of(pipe, batch, settings.size, bout.conditions) for batch in settings.batches}
+
+
+def _build(bout: Bout, name: str, calls: Mapping[int | None, Arguments]) -> Contender | str:
     """A contender that runs on all that is coming, or what kept it from that."""
     try:
         with redirect_stdout(StringIO()), torch.no_grad():  # tools talk while they work
             contender = CONTENDERS[name](bout)
-            for batch in {*settings.batches, settings.images}:
-                _step(contender.pipe, batch, settings.size if batch in settings.batches else None)()
+            for arguments in calls.values():
+                ready(find_denoiser(contender.pipe)[1], arguments)()
         return contender
     except TcaqError as error:
         return str(error)
@@ -120,24 +150,17 @@ def _build(bout: Bout, name: str, settings: Settings) -> Contender | str:
         return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _time(built: dict[str, Contender], batch: int, settings: Settings) -> dict[str, float]:
+def _time(built: dict[str, Contender], arguments: Arguments, repeat: int) -> dict[str, float]:
+    denoisers = {name: find_denoiser(contender.pipe)[1] for name, contender in built.items()}
     with torch.no_grad(), ExitStack() as stack:
-        for contender in built.values():
-            stack.enter_context(holding_weights(find_denoiser(contender.pipe)[1]))
-        steps = {name: _step(contender.pipe, batch, settings.size) for name, contender in built.items()}
-        return interleaved(steps, settings.repeat)
+        for denoiser in denoisers.values():
+            stack.enter_context(holding_weights(denoiser))
+        return interleaved({name: ready(denoiser, arguments) for name, denoiser in denoisers.items()}, repeat)
 
 
-def _step(pipe: DiffusionPipeline, batch: int, size: int | None) -> Callable[[], object]:
-    """A call of the denoiser on noise of a height and width (None: the model's own)."""
-    denoiser = cast(Any, find_denoiser(pipe)[1])
-    own = size or denoiser.config.sample_size
-    shape = (own, own) if isinstance(own, int) else tuple(own)
-    x = torch.randn(batch, denoiser.config.in_channels, *shape, generator=torch.Generator().manual_seed(0))
-    return lambda: denoiser(x, torch.tensor(TIMESTEP))
-
-
-def _compare(built: dict[str, Contender], settings: Settings) -> dict[str, float]:
+def _compare(built: dict[str, Contender], settings: Settings, conditions: Conditions | None) -> dict[str, float]:
     seeds = image_seeds(PURPOSE, 0, 0, settings.images)
-    images = {name: sample(contender.pipe, seeds, settings.steps) / 255 for name, contender in built.items()}
+    images = {
+        name: sample(contender.pipe, seeds, settings.steps, conditions) / 255 for name, contender in built.items()
+    }
     return {name: float(psnr(found, images[FLOAT]).mean()) for name, found in images.items() if name != FLOAT}

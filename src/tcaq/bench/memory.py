@@ -14,7 +14,8 @@ from typing import Any
 import psutil
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
-from tcaq.bench.contenders import CONTENDERS, Bout
+from tcaq.bench.bout import Bout
+from tcaq.bench.contenders import CONTENDERS
 from tcaq.errors import TcaqError
 from tcaq.evaluate.memory import track_peak
 from tcaq.models.load import load_pipeline
@@ -52,7 +53,7 @@ def _measure(task: dict[str, Any]) -> int:
     before = psutil.Process().memory_info().rss
     with track_peak(interval=0.005) as peak:
         contender = CONTENDERS[task["name"]](bout)
-        sample(contender.pipe, image_seeds("bench", 0, 0, task["batch"]), task["steps"])
+        sample(contender.pipe, image_seeds("bench", 0, 0, task["batch"]), task["steps"], bout.conditions)
     return int(peak.bytes - before)
 
 

@@ -8,35 +8,43 @@ from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tcaq.bench.bout import Bout
 from tcaq.errors import MissingExtraError
 from tcaq.export import onnx as onnx_export
 from tcaq.export import openvino as openvino_export
-from tcaq.export.example import unconditional_example
-from tcaq.export.parts import plain_upsampling
+from tcaq.export.example import Example, example_of, first_call
+from tcaq.export.interface import TIMESTEP, Interface
+from tcaq.export.parts import plain_norms, plain_upsampling
+from tcaq.export.positions import free_positions
 from tcaq.export.runtime import ExportedDenoiser, Predict
 from tcaq.models.denoiser import find_denoiser
-from tcaq.models.sampler import Trajectories
+from tcaq.models.inputs import Inputs, prediction
+from tcaq.models.nested import rebuilt
 
-Calibration = Callable[[], Trajectories]
-Peer = Callable[[DiffusionPipeline, Path, Calibration], "tuple[DiffusionPipeline, int | None]"]
+Peer = Callable[[DiffusionPipeline, Bout], "tuple[DiffusionPipeline, int | None]"]
+"""Makes of a float pipeline, which it may change, another one, and says how many bytes its denoiser takes on disk."""
 BENCH = "bench"
 SINUSOIDS = "time_proj"
 """Part of the names of what makes sines of the timestep: with timesteps in bytes no model would know its step."""
 
 
 class FloatTraceable(nn.Module):
-    """A float denoiser as a function of a batch and one timestep."""
+    """A float denoiser as a function of tensors: those of an interface, one timestep for the whole batch."""
 
-    def __init__(self, denoiser: nn.Module) -> None:
+    def __init__(self, denoiser: nn.Module, interface: Interface) -> None:
         super().__init__()
         plain_upsampling(denoiser)
-        self.denoiser = denoiser
+        plain_norms(denoiser)
+        free_positions(denoiser)
+        self.denoiser, self.interface = denoiser, (interface,)
 
-    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        """Predict, float [batch, out, height, width]."""
-        return cast(Tensor, self.denoiser(sample, timestep, return_dict=False)[0])
+    def forward(self, sample: Tensor, timestep: Tensor, *others: Tensor) -> Tensor:
+        """Predict, in the shape of the denoiser's own prediction; others: what else the interface names, in its order."""
+        options: Any = rebuilt(dict(zip(self.interface[0].names[2:], others, strict=True)))
+        return prediction(self.denoiser(sample, timestep=timestep.expand(sample.shape[0]), **options))
 
 
 def with_denoiser(pipe: DiffusionPipeline, denoiser: nn.Module) -> DiffusionPipeline:
@@ -49,15 +57,17 @@ def compiled(pipe: DiffusionPipeline) -> DiffusionPipeline:
     return with_denoiser(pipe, cast(nn.Module, torch.compile(find_denoiser(pipe)[1])))
 
 
-def onnx_float(pipe: DiffusionPipeline, work: Path, calibration: Calibration) -> tuple[DiffusionPipeline, int]:
+def onnx_float(pipe: DiffusionPipeline, bout: Bout) -> tuple[DiffusionPipeline, int]:
     """The float model in ONNX Runtime."""
-    path = _onnx_float(pipe, work)
-    return _exported(pipe, onnx_export.open_onnx(path), path), path.stat().st_size
+    example = _example(pipe, bout)
+    path = _onnx_float(pipe, bout.work, example)
+    return _exported(pipe, onnx_export.open_onnx(path), path, example), path.stat().st_size
 
 
-def onnx_static(pipe: DiffusionPipeline, work: Path, calibration: Calibration) -> tuple[DiffusionPipeline, int]:
+def onnx_static(pipe: DiffusionPipeline, bout: Bout) -> tuple[DiffusionPipeline, int]:
     """ONNX Runtime's `quantize_static`: QDQ, unsigned bytes for activations, signed ones per channel for weights."""
-    source, path = _onnx_float(pipe, work), work / "onnx-static.onnx"
+    example = _example(pipe, bout)
+    source, path = _onnx_float(pipe, bout.work, example), bout.work / "onnx-static.onnx"
     if not path.exists():
         from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
@@ -65,103 +75,118 @@ def onnx_static(pipe: DiffusionPipeline, work: Path, calibration: Calibration) -
             """Feeds recorded inputs."""
 
             def __init__(self) -> None:
-                self.pairs: Iterator[dict[str, Any]] = iter(
-                    {"sample": x.numpy(), "timestep": t.reshape(1).float().numpy()} for x, t in _pairs(calibration())
-                )
+                names = example.interface.names
+                found = (arrays(example.interface, inputs) for inputs in bout.calibration())
+                self.calls: Iterator[dict[str, Any]] = iter(dict(zip(names, own, strict=True)) for own in found)
 
             def get_next(self) -> dict[str, Any] | None:
                 """The next inputs."""
-                return next(self.pairs, None)
+                return next(self.calls, None)
 
         nodes = _import("onnx").load(source, load_external_data=False).graph.node
         quantize_static(
             source, path, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8, nodes_to_exclude=[node.name for node in nodes if SINUSOIDS in node.name],
         )  # fmt: skip
-    return _exported(pipe, onnx_export.open_onnx(path), path), path.stat().st_size
+    return _exported(pipe, onnx_export.open_onnx(path), path, example), path.stat().st_size
 
 
-def openvino_float(pipe: DiffusionPipeline, work: Path, calibration: Calibration) -> tuple[DiffusionPipeline, int]:
+def openvino_float(pipe: DiffusionPipeline, bout: Bout) -> tuple[DiffusionPipeline, int]:
     """The float model in OpenVINO."""
-    path = _openvino_float(pipe, work)
-    return _exported(pipe, openvino_export.open_openvino(path), path), path.with_suffix(".bin").stat().st_size
+    example = _example(pipe, bout)
+    path = _openvino_float(pipe, bout.work, example)
+    return _exported(pipe, openvino_export.open_openvino(path), path, example), path.with_suffix(".bin").stat().st_size
 
 
-def nncf(pipe: DiffusionPipeline, work: Path, calibration: Calibration) -> tuple[DiffusionPipeline, int]:
+def nncf(pipe: DiffusionPipeline, bout: Bout) -> tuple[DiffusionPipeline, int]:
     """NNCF's post-training quantization, run by OpenVINO."""
-    source, path = _openvino_float(pipe, work), work / "nncf.xml"
+    example = _example(pipe, bout)
+    source, path = _openvino_float(pipe, bout.work, example), bout.work / "nncf.xml"
     if not path.exists():
         tool = _import("nncf")
         import openvino
 
-        data = [(x.numpy(), t.reshape(1).float().numpy()) for x, t in _pairs(calibration())]
+        data = [arrays(example.interface, inputs) for inputs in bout.calibration()]
         float_ = tool.IgnoredScope(patterns=[f".*{SINUSOIDS}.*"], validate=False)
         model = tool.quantize(
             openvino.Core().read_model(source), tool.Dataset(data), subset_size=len(data), ignored_scope=float_
         )
         openvino.save_model(model, path, compress_to_fp16=False)
-    return _exported(pipe, openvino_export.open_openvino(path), path), path.with_suffix(".bin").stat().st_size
+    return _exported(pipe, openvino_export.open_openvino(path), path, example), path.with_suffix(".bin").stat().st_size
 
 
-def torchao(pipe: DiffusionPipeline, work: Path, calibration: Calibration) -> tuple[DiffusionPipeline, None]:
+def torchao(pipe: DiffusionPipeline, bout: Bout) -> tuple[DiffusionPipeline, None]:
     """torchao's export path for x86: static int8, compiled. It fixes the batch to that of the calibration."""
     pt2e = _import("torchao.quantization.pt2e.quantize_pt2e", "torchao")
     x86 = _import("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer", "torchao")
-    pairs = [(x, t.reshape(1).float()) for x, t in _pairs(calibration())]
-    traced = FloatTraceable(find_denoiser(pipe)[1]).eval()
+    example = _example(pipe, bout)
+    calls = [tensors(example.interface, inputs) for inputs in bout.calibration()]
+    traced = FloatTraceable(find_denoiser(pipe)[1], example.interface).eval()
     with torch.no_grad():
-        graph: Any = torch.export.export(traced, pairs[0]).module()
+        graph: Any = torch.export.export(traced, calls[0]).module()
         prepared: Any = pt2e.prepare_pt2e(
             graph, x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
         )
-        for pair in pairs:
-            prepared(*pair)
+        for given in calls:
+            prepared(*given)
         converted = pt2e.convert_pt2e(prepared)
     run: Any = torch.compile(converted)
     config = _import("torch._inductor.config")
 
-    def predict(sample: Any, timestep: Any) -> Any:
+    def predict(*given: Any) -> Any:
         with torch.no_grad(), config.patch(freezing=True):  # its int8 kernels are chosen where weights are constants
-            return run(torch.from_numpy(sample), torch.from_numpy(timestep)).numpy()
+            return run(*map(torch.from_numpy, given)).numpy()
 
-    return _exported(pipe, predict, Path("torchao")), None
+    return _exported(pipe, predict, Path("torchao"), example), None
 
 
-def quanto(pipe: DiffusionPipeline, work: Path, calibration: Calibration) -> tuple[DiffusionPipeline, None]:
+def quanto(pipe: DiffusionPipeline, bout: Bout) -> tuple[DiffusionPipeline, None]:
     """optimum-quanto: weights and activations of 8 bits."""
     tool = _import("optimum.quanto", "optimum-quanto")
     denoiser = find_denoiser(pipe)[1]
     tool.quantize(denoiser, weights=tool.qint8, activations=tool.qint8)
     with torch.no_grad(), tool.Calibration():
-        for x, t in _pairs(calibration()):
-            denoiser(x, t)
+        for inputs in bout.calibration():
+            inputs(denoiser)
     tool.freeze(denoiser)
     return pipe, None
 
 
-def _pairs(trajectories: Trajectories) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(trajectories.samples, trajectories.timesteps, strict=True)
+def tensors(interface: Interface, inputs: Inputs) -> tuple[Tensor, ...]:
+    """A recorded call, whose rows have one timestep, in the interface's order."""
+    given = {interface.names[0]: inputs.sample, TIMESTEP: inputs.timestep[:1], **inputs.rows, **inputs.whole}
+    return tuple(wanted.cast(given[wanted.name]) for wanted in interface.inputs)
 
 
-def _exported(pipe: DiffusionPipeline, predict: Predict, path: Path) -> DiffusionPipeline:
-    return with_denoiser(pipe, ExportedDenoiser(predict, cast(Any, find_denoiser(pipe)[1]).config, {path.name: ""}))
+def arrays(interface: Interface, inputs: Inputs) -> tuple[NDArray[Any], ...]:
+    """The same as arrays."""
+    return tuple(value.numpy() for value in tensors(interface, inputs))
 
 
-def _onnx_float(pipe: DiffusionPipeline, work: Path) -> Path:
+def _example(pipe: DiffusionPipeline, bout: Bout) -> Example:
+    return example_of(find_denoiser(pipe)[1], first_call(pipe, bout.conditions))
+
+
+def _exported(pipe: DiffusionPipeline, predict: Predict, path: Path, example: Example) -> DiffusionPipeline:
+    config = cast(Any, find_denoiser(pipe)[1]).config
+    return with_denoiser(pipe, ExportedDenoiser(predict, config, {path.name: ""}, example.interface))
+
+
+def _onnx_float(pipe: DiffusionPipeline, work: Path, example: Example) -> Path:
     path = work / "onnx-fp32.onnx"
     if not path.exists():
         onnx_export.require()
-        denoiser = find_denoiser(pipe)[1]
-        onnx_export.write_traced(FloatTraceable(denoiser).eval(), unconditional_example(denoiser), path)
+        traced = FloatTraceable(find_denoiser(pipe)[1], example.interface).eval()
+        onnx_export.write_traced(traced, example, path)
     return path
 
 
-def _openvino_float(pipe: DiffusionPipeline, work: Path) -> Path:
+def _openvino_float(pipe: DiffusionPipeline, work: Path, example: Example) -> Path:
     path = work / "openvino-fp32.xml"
     if not path.exists():
         openvino_export.require()
-        denoiser = find_denoiser(pipe)[1]
-        openvino_export.write_traced(FloatTraceable(denoiser).eval(), unconditional_example(denoiser), path)
+        traced = FloatTraceable(find_denoiser(pipe)[1], example.interface).eval()
+        openvino_export.write_traced(traced, example, path)
     return path
 
 

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from tcaq.bench.contenders import CONTENDERS, Bout
+from tcaq.bench.bout import Bout
+from tcaq.bench.contenders import CONTENDERS
 from tcaq.bench.measure import FLOAT, Benchmark, Settings, benchmark
 from tcaq.cli.app import app, console, notes
 from tcaq.cli.models import open_float

@@ -29,9 +29,9 @@ STEPS, PICTURE = 50, 64
 class _CalledError(Exception):
     """Carries the arguments of the denoiser's first call out of the pipeline."""
 
-    def __init__(self, inputs: Inputs) -> None:
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__("denoiser called")
-        self.inputs = inputs
+        self.arguments = args, kwargs
 
 
 @dataclass(frozen=True)
@@ -42,39 +42,60 @@ class Example:
     values: tuple[Tensor, ...]
 
 
-def first_call(pipe: DiffusionPipeline) -> Inputs:
-    """What the pipeline gives its denoiser at the first step, under the conditions that it was calibrated on.
+def first_call(pipe: DiffusionPipeline, conditions: Conditions | None = None) -> Inputs:
+    """What the pipeline gives its denoiser at the first step for one image.
 
-    Only what comes before the denoiser runs; shapes count, so that a blank picture stands for those of the calibration. Raises:
-    ModelError if it is called with what cannot be recorded.
+    Args: conditions: what it is asked for (None: what it was calibrated on).
+    Raises: ModelError if it is called with what cannot be recorded.
     """
     denoiser = find_denoiser(pipe)[1]
-    quantizer = getattr(denoiser, "hf_quantizer", None)
-    calibration = {} if quantizer is None else quantizer.quantization_config.recipe.get("calibration", {})
     shared = frozenset(architecture(denoiser).shared)
+    return inputs_of_call(denoiser, *first_arguments(pipe, 1, conditions or calibrated_on(pipe)), shared)
+
+
+def calibrated_on(pipe: DiffusionPipeline) -> Conditions | None:
+    """What a quantized pipeline was asked for in its calibration; None for any other, or if it takes no conditions."""
+    asked = _calibration(pipe).get("conditions")
+    return None if asked is None else Conditions(**asked)
+
+
+def _calibration(pipe: DiffusionPipeline) -> dict[str, Any]:
+    quantizer = getattr(find_denoiser(pipe)[1], "hf_quantizer", None)
+    return {} if quantizer is None else quantizer.quantization_config.recipe.get("calibration", {})
+
+
+def first_arguments(
+    pipe: DiffusionPipeline, images: int, conditions: Conditions | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments, by position and by name, that the pipeline gives its denoiser at the first step.
+
+    Only what comes before the denoiser runs; shapes count, so that a blank picture stands for those of the conditions. Raises:
+    ModelError if the denoiser is never called.
+    """
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _CalledError(inputs_of_call(module, args, kwargs, shared))
+        raise _CalledError(args, kwargs)
 
-    handle = denoiser.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    handle = find_denoiser(pipe)[1].register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
         with TemporaryDirectory(prefix="tcaq-blank-") as folder:
             # some schedulers and pipelines cannot do with a single step
-            sample(pipe, (0,), calibration.get("steps", STEPS), _blank(calibration.get("conditions"), Path(folder)))
+            steps = _calibration(pipe).get("steps", STEPS)
+            sample(pipe, range(images), steps, _blank(conditions, Path(folder)))
     except _CalledError as called:
-        return called.inputs
+        return called.arguments
     finally:
         handle.remove()
     raise ModelError(f"{type(pipe).__name__} never called its denoiser")
 
 
-def _blank(asked: dict[str, Any] | None, folder: Path) -> Conditions | None:
-    """What calibration asked for, with a blank picture in place of its own, which may be on another machine."""
-    if asked is None or not asked.get("pictures"):
-        return None if asked is None else Conditions(**asked)
+def _blank(asked: Conditions | None, folder: Path) -> Conditions | None:
+    """What is asked for, with a blank picture in place of its own, which may be on another machine."""
+    if asked is None or not asked.pictures:
+        return asked
     path = folder / "blank.png"
     Image.new("RGB", (PICTURE, PICTURE)).save(path)
-    return Conditions(**(asked | {"pictures": (Picture.of(path),)}))
+    return asked.model_copy(update={"pictures": (Picture.of(path),)})
 
 
 def example_of(denoiser: nn.Module, call: Inputs) -> Example:
@@ -97,11 +118,6 @@ def example_of(denoiser: nn.Module, call: Inputs) -> Example:
     timestep = Input(TIMESTEP, "float32", {}), torch.zeros(1)
     interface = Interface(names, (inputs[0], timestep[0], *inputs[1:]))
     return Example(interface, (values[0], timestep[1], *values[1:]))
-
-
-def unconditional_example(denoiser: nn.Module) -> Example:
-    """An example for a denoiser of images that is given nothing but x_t and t."""
-    return example_of(denoiser, Inputs(torch.zeros(1, cast(Any, denoiser).config.in_channels, 8, 8), torch.zeros(1)))
 
 
 def _dtype(name: str, value: Tensor) -> str:
