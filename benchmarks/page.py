@@ -2,9 +2,9 @@
 
     python benchmarks/page.py
 
-`quality.py` makes the tables of image quality and `spread.py` their standard errors, `presets.py` the table of costs, `speed.py`
-those of speed and the figure beside them, `integer.py` that of integer images. A part whose study has not run yet is left out, and
-the page says so.
+`quality.py` makes the tables of image quality and `spread.py` their standard errors, `make bench` has the command behind the second
+model's, `presets.py` makes the table of costs, `speed.py` those of speed and the figure beside them, `integer.py` that of integer
+images. A part whose study has not run yet is left out, and the page says so.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from growth import TITLES, draw, ratios
 
 from tcaq.recipes.registry import RECIPES
 from tcaq.records import read_json
+from tcaq.report.comparison import markdown
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -48,10 +49,11 @@ def page() -> list[str]:
     found = {path.stem: read_json(path) for path in sorted(RESULTS.glob("*.json"))}
     lines = ["# Results", "", "Written by `python benchmarks/page.py`; do not edit by hand.", ""]
     lines += quality(found["quality"], found.get("spread", {}).get("cells", {})) if "quality" in found else []
+    lines += second(found["second"]) if "second" in found else []
     lines += costs(found["presets"]) if "presets" in found else []
     lines += speed(found["speed"]) if "speed" in found else []
     lines += integers(found["integer"]) if "integer" in found else []
-    missing = [name for name in ("quality", "spread", "presets", "speed", "integer") if name not in found]
+    missing = [name for name in ("quality", "spread", "second", "presets", "speed", "integer") if name not in found]
     return [*lines, f"Studies that have not run: {', '.join(missing)}.", ""] if missing else lines
 
 
@@ -82,14 +84,10 @@ def quality(results: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:
 
 def glance(done: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:
     """Every recipe at every width: the ratio, and how near to the float model's the images are."""
-    lines = [
-        "### At a glance",
-        "",
-        f"| recipe | {' | '.join(bits.upper() for bits in WIDTHS)} |",
-        "|---" * (1 + len(WIDTHS)) + "|",
-    ]
+    widths = [bits for bits in WIDTHS if any(f"{recipe}-{bits}" in done for recipe in RECIPES)]
+    lines = ["### At a glance", "", f"| recipe | {' | '.join(widths).upper()} |", "|---" * (1 + len(widths)) + "|"]
     for recipe in RECIPES:
-        figures = [brief(done.get(f"{recipe}-{bits}"), spread.get(f"{recipe}-{bits}", {})) for bits in WIDTHS]
+        figures = [brief(done.get(f"{recipe}-{bits}"), spread.get(f"{recipe}-{bits}", {})) for bits in widths]
         if any(figures):
             lines.append(f"| `{recipe}` | {' | '.join(figures)} |")
     return [*lines, "", "Ratio, ± its standard error, and PSNR. Empty: not run.", ""]
@@ -229,6 +227,18 @@ def integers(results: Mapping[str, Any]) -> list[str]:
         *rows,
         "",
     ]
+
+
+def second(results: Mapping[str, Any]) -> list[str]:
+    """Recipes on the second model."""
+    how = results["protocol"]
+    text = (
+        f"`tcaq compare {how['model']} --guidance {how['conditions']['guidance']} --preset {how['preset']} --num {how['images']} "
+        f"--steps {how['steps']}` (`make bench` has the whole command): a class-conditional latent diffusion transformer that was "
+        "trained on the same data ([reference-model.md](reference-model.md)), layers quantized alike by all recipes. Processes ran "
+        "beside each other, one thread each."
+    )
+    return ["## The second model, a latent DiT", "", text, "", *markdown(results).splitlines(), ""]
 
 
 def costs(presets: Mapping[str, Any]) -> list[str]:

@@ -56,13 +56,16 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", nargs="+", help="cells; others keep what they have")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
+    asked = set(args.only or cells(""))
+    asked |= {f"tcaq-{name.rpartition('-')[2]}" for name in asked}  # what they are compared with
     base = left_out(open_float("reference"), args)
     ratios = {
         name: left_out(tcaq.load(args.output / name), args) / base
         for name in cells("")
-        if (args.output / f"{name}.json").exists()
+        if name in asked and (args.output / f"{name}.json").exists()
     }
     results = read_json(args.results) if args.results.exists() else {"cells": {}}
     for name, ratio in ratios.items():

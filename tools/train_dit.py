@@ -4,7 +4,7 @@
 
 First a small autoencoder (32x32 pixels to 4x16x16 latents), then a diffusion transformer on its latents that also learns to do
 without a label, for guidance. Interrupt it at any moment and run it again: it goes on from its last checkpoint. The result is a
-diffusers `DiTPipeline` directory in half precision, with `training.json` (configuration, loss curves, time) beside its parts.
+diffusers `DiTPipeline` directory, with `training.json` (configuration, loss curves, time) beside its parts.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import mse_loss
 from training import Training, spread_timesteps, train
 
+from tcaq.models.class_names import keep_class_names
 from tcaq.reference.data import CLASSES, DEBIAN_FOLDER, load_images, to_signal
 
 AUTOENCODER: dict[str, Any] = {
@@ -125,10 +126,11 @@ def main() -> None:
     scheduler = DDIMScheduler(num_train_timesteps=1000, clip_sample=False)
     dit, second = train_dit(latents, labels, scheduler, args)
     clear_unused(dit)
-    names = dict(enumerate(CLASSES))
-    DiTPipeline(transformer=dit.half(), vae=vae.half(), scheduler=scheduler, id2label=names).save_pretrained(
-        args.output
-    )
+    for part in (dit, vae):
+        part.half().float()  # what half precision holds takes half the room where the files are compressed
+    pipe = DiTPipeline(transformer=dit, vae=vae, scheduler=scheduler, id2label=dict(enumerate(CLASSES)))
+    keep_class_names(pipe)
+    pipe.save_pretrained(args.output)
     record = {
         "autoencoder": AUTOENCODER | first, "dit": DIT | second, "batch": args.batch, "seed": args.seed,
         "parameters": sum(p.numel() for p in dit.parameters()), "torch": torch.__version__,
