@@ -66,10 +66,14 @@ class Row(BaseModel):
 
 
 class Benchmark(BaseModel):
-    """All rows with what they depend on; `model_dump_json()` is the file that is written."""
+    """All rows with what they depend on; `model_dump_json()` is the file that is written.
+
+    calls_a_step: of the denoiser in a step of sampling: more than one where guidance makes a second one, or the scheduler does.
+    """
 
     settings: Settings
     rows: tuple[Row, ...]
+    calls_a_step: float = 1.0
     processor: str
     vnni: bool
     threads: int
@@ -96,7 +100,7 @@ def benchmark(bout: Bout, names: Sequence[str], settings: Settings, note: Callab
         found[name] = _build(bout, name, calls)
     built = {name: contender for name, contender in found.items() if isinstance(contender, Contender)}
     seconds = {batch: _time(built, calls[batch], settings.repeat) for batch in settings.batches}
-    likeness = _compare(built, settings, bout.conditions)
+    likeness, calls_a_step = _compare(built, settings, bout.conditions)
 
     def row(name: str, contender: Contender | str) -> Row:
         if isinstance(contender, str):
@@ -106,7 +110,8 @@ def benchmark(bout: Bout, names: Sequence[str], settings: Settings, note: Callab
         return Row(name=name, seconds=times, psnr=likeness.get(name), memory=memory, size=contender.size)
 
     return Benchmark(
-        settings=settings, rows=tuple(row(*pair) for pair in found.items()), processor=processor(), vnni=bool(has_vnni()),
+        settings=settings, rows=tuple(row(*pair) for pair in found.items()), calls_a_step=calls_a_step,
+        processor=processor(), vnni=bool(has_vnni()),
         threads=torch.get_num_threads(), versions=versions(),
     )  # fmt: skip
 
@@ -158,9 +163,15 @@ def _time(built: dict[str, Contender], arguments: Arguments, repeat: int) -> dic
         return interleaved({name: ready(denoiser, arguments) for name, denoiser in denoisers.items()}, repeat)
 
 
-def _compare(built: dict[str, Contender], settings: Settings, conditions: Conditions | None) -> dict[str, float]:
-    seeds = image_seeds(PURPOSE, 0, 0, settings.images)
+def _compare(
+    built: dict[str, Contender], settings: Settings, conditions: Conditions | None
+) -> tuple[dict[str, float], float]:
+    """PSNR of each contender's images to the float model's, and how often that calls its denoiser in a step."""
+    seeds, calls = image_seeds(PURPOSE, 0, 0, settings.images), list[int]()
+    handle = find_denoiser(built[FLOAT].pipe)[1].register_forward_pre_hook(lambda *_: calls.append(1))
     images = {
         name: sample(contender.pipe, seeds, settings.steps, conditions) / 255 for name, contender in built.items()
     }
-    return {name: float(psnr(found, images[FLOAT]).mean()) for name, found in images.items() if name != FLOAT}
+    handle.remove()
+    likeness = {name: float(psnr(found, images[FLOAT]).mean()) for name, found in images.items() if name != FLOAT}
+    return likeness, len(calls) / settings.steps

@@ -69,8 +69,9 @@ def bench_table(result: Benchmark) -> Table:
     base = next(row.seconds for row in result.rows if row.name == FLOAT)
     for row in result.rows:
         if row.problem is None:
-            cells = (f"{1e3 * row.seconds[n]:.1f} ({base[n] / row.seconds[n]:.2f}x)" for n in batches)
-            rate = max(n / (steps * row.seconds[n]) for n in batches)
+            seconds = {n: result.calls_a_step * row.seconds[n] for n in batches}
+            cells = (f"{1e3 * seconds[n]:.1f} ({base[n] / row.seconds[n]:.2f}x)" for n in batches)
+            rate = max(n / (steps * seconds[n]) for n in batches)
             closeness = "" if row.psnr is None else f"{row.psnr:.1f} dB"
             table.add_row(row.name, *cells, f"{rate:.3g}", closeness, _mebibytes(row.memory), _mebibytes(row.size))
     return table
