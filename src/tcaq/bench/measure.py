@@ -15,7 +15,7 @@ from tcaq.bench.contenders import CONTENDERS, Contender
 from tcaq.bench.memory import peak_memory
 from tcaq.bench.timing import interleaved
 from tcaq.checkpoint import load
-from tcaq.errors import TcaqError, UsageError
+from tcaq.errors import ModelError, TcaqError, UsageError
 from tcaq.evaluate.evaluate import versions
 from tcaq.evaluate.metrics import psnr
 from tcaq.layers.hold import holding_weights
@@ -89,7 +89,7 @@ def check_names(names: Sequence[str]) -> None:
 def benchmark(bout: Bout, names: Sequence[str], settings: Settings, note: Callable[[str], None]) -> Benchmark:
     """Measure contenders by name; one that cannot run says why in its row.
 
-    Raises: UsageError naming contenders that are not known.
+    Raises: UsageError naming contenders that are not known, or what else is wrong; ModelError if the float model does not run.
     """
     check_names(names)
     claim_folder(bout)
@@ -98,6 +98,8 @@ def benchmark(bout: Bout, names: Sequence[str], settings: Settings, note: Callab
     for name in dict.fromkeys((FLOAT, *names)):
         note(f"building {name}")
         found[name] = _build(bout, name, calls)
+    if isinstance(found[FLOAT], str):
+        raise ModelError(f"the float model {bout.model} does not run: {found[FLOAT]}")
     built = {name: contender for name, contender in found.items() if isinstance(contender, Contender)}
     seconds = {batch: _time(built, calls[batch], settings.repeat) for batch in settings.batches}
     likeness, calls_a_step = _compare(built, settings, bout.conditions)
@@ -111,8 +113,7 @@ def benchmark(bout: Bout, names: Sequence[str], settings: Settings, note: Callab
 
     return Benchmark(
         settings=settings, rows=tuple(row(*pair) for pair in found.items()), calls_a_step=calls_a_step,
-        processor=processor(), vnni=bool(has_vnni()),
-        threads=torch.get_num_threads(), versions=versions(),
+        processor=processor(), vnni=bool(has_vnni()), threads=torch.get_num_threads(), versions=versions(),
     )  # fmt: skip
 
 
@@ -127,9 +128,9 @@ def claim_folder(bout: Bout) -> None:
         "model": weights_hash(find_denoiser(bout.load_float())[1]),
         "vnni": bool(has_vnni()),
     }  # fmt: skip
-    if path.exists() and read_json(path) != made_of:
+    if any(bout.work.iterdir()) and not (path.exists() and read_json(path) == made_of):
         raise UsageError(
-            f"{bout.work} holds what was built of another model or on another processor; give another --work"
+            f"{bout.work} holds other things, or what was built of another model or on another processor; give another --work"
         )
     write_json(path, made_of)
 
