@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from tcaq.cli import app
@@ -52,6 +53,9 @@ def test_every_cell_is_measured_by_one_protocol(done):
     assert table.count("| mse | W4A4 |") == 1
     assert page.count("<img") == 6  # float and two recipes at two widths
     assert "mse" in result.stdout
+    for bits in ("w8a8", "w4a4"):
+        with Image.open(root / "out" / f"samples-{bits}.png") as picture:
+            assert picture.height > 3 * 2 * 8  # float and two recipes, in pixels of twice the size
 
 
 def test_trajectories_are_sampled_once_and_shared(done):

@@ -30,6 +30,7 @@ from tcaq.recipes.quantize import RUN_FOLDER
 from tcaq.recipes.registry import RECIPES
 from tcaq.records import read_json, replacing, write_json
 from tcaq.report.comparison import HEADINGS, markdown, rows, write_comparison
+from tcaq.report.grid import side_by_side
 from tcaq.report.story import weight_bytes
 from tcaq.runs import Run
 from tcaq.spec.conditions import Conditions
@@ -200,6 +201,9 @@ def finish(model: str, cells: list[Cell], seeds: list[int], results: dict[str, A
     for cell in cells:
         images = first_images(load(cell.folder(output, seeds[0])), how)
         samples.setdefault(cell.bits, [("float", float_images)]).append((cell.label, images))
+    for bits, strips in samples.items():
+        with replacing(output / f"samples-{bits}.png") as path:
+            side_by_side(strips, columns=SHOWN).save(path, format="PNG")
     with replacing(output / "compare.md") as path:
         path.write_text(markdown(results), encoding="utf-8")
     write_comparison(output / "compare.html", f"Recipes compared: {model}", results, samples)
