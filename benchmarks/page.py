@@ -197,7 +197,9 @@ def row(name: str, cell: Mapping[str, Any], spread: Mapping[str, float] | None =
     error = f" ± {spread['error']:.3f}" if spread else ""
     scores = cell["evaluation"]
     pair = scores["paired"]
-    minutes = "" if cell["quantize_seconds"] is None else f"{cell['quantize_seconds'] / 60:.1f}"  # it was halted meanwhile
+    minutes = (
+        "" if cell["quantize_seconds"] is None else f"{cell['quantize_seconds'] / 60:.1f}"
+    )  # it was halted meanwhile
     return (
         f"| {name} | {scores['quantized']['fd']:.2f} | {scores['ratio']['fd']:.3f}{error} | {scores['quantized']['kid']:.5f} "
         f"| {pair['psnr']:.2f} | {pair['ssim']:.3f} | {pair['fd_to_float']:.2f} "
