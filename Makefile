@@ -34,6 +34,7 @@ bench: venv
 	$(BIN)/python benchmarks/spread.py
 	$(BIN)/tcaq compare benchmarks/models/garments-dit --guidance 1.5 --recipes minmax,qdiffusion,tcaq --bits w4a4,w8a8 --preset quick --num 500 --steps 20 --output build/dit
 	cp build/dit/compare.json benchmarks/results/second.json
+	cp build/dit/samples-w4a4.png docs/images/second-w4a4.png
 	$(BIN)/python benchmarks/page.py
 
 clean:

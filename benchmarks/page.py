@@ -241,7 +241,8 @@ def second(results: Mapping[str, Any]) -> list[str]:
         "trained on the same data ([reference-model.md](reference-model.md)), layers quantized alike by all recipes. Processes ran "
         "beside each other, one thread each."
     )
-    return ["## The second model, a latent DiT", "", text, "", *markdown(results).splitlines(), ""]
+    picture = "![float and quantized samples of the same seeds and labels](images/second-w4a4.png)"
+    return ["## The second model, a latent DiT", "", text, "", *markdown(results).splitlines(), "", picture, ""]
 
 
 def costs(presets: Mapping[str, Any]) -> list[str]:
