@@ -32,9 +32,9 @@ test: lint
 bench: venv
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/spread.py
-	$(BIN)/tcaq compare benchmarks/models/garments-dit --guidance 1.5 --recipes minmax,qdiffusion,tcaq --bits w4a4,w8a8 --preset quick --num 500 --steps 20 --output build/dit
-	cp build/dit/compare.json benchmarks/results/second.json
-	cp build/dit/samples-w4a4.png docs/images/second-w4a4.png
+	$(BIN)/tcaq compare benchmarks/models/garments-dit --guidance 1.5 --recipes minmax,qdiffusion,tcaq --bits w4a4,w8a8 --preset quick --num 500 --steps 20 --output build/second
+	cp build/second/compare.json benchmarks/results/second.json
+	cp build/second/samples-w4a4.png docs/images/second-w4a4.png
 	$(BIN)/python benchmarks/page.py
 
 clean:

@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", nargs="+", help="cells; others keep what they have")
+    parser.add_argument("--only", nargs="+", choices=list(cells("")), help="cells; others keep what they have")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     asked = set(args.only or cells(""))

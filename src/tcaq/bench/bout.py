@@ -31,8 +31,7 @@ class Bout:
     @property
     def conditions(self) -> Conditions | None:
         """What a conditional model is asked for: what the checkpoint was calibrated on."""
-        asked = describe(self.folder)[1].recipe.get("calibration", {}).get("conditions")
-        return None if asked is None else Conditions(**asked)
+        return describe(self.folder)[1].conditions
 
     def calibration(self) -> list[Inputs]:
         """What tools calibrate with: calls of the float model."""

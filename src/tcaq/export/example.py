@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tcaq.errors import ModelError
 from tcaq.export.interface import DTYPES, FREE, TIMESTEP, Input, Interface
 from tcaq.models.architectures import architecture
+from tcaq.models.config import TcaqConfig
 from tcaq.models.denoiser import find_denoiser
 from tcaq.models.inputs import Inputs, inputs_of_call
 from tcaq.models.sampler import sample
@@ -49,19 +50,15 @@ def first_call(pipe: DiffusionPipeline, conditions: Conditions | None = None) ->
     Raises: ModelError if it is called with what cannot be recorded.
     """
     denoiser = find_denoiser(pipe)[1]
-    shared = frozenset(architecture(denoiser).shared)
-    return inputs_of_call(denoiser, *first_arguments(pipe, 1, conditions or calibrated_on(pipe)), shared)
+    shared, config = frozenset(architecture(denoiser).shared), _config(pipe)
+    conditions = conditions or (None if config is None else config.conditions)
+    return inputs_of_call(denoiser, *first_arguments(pipe, 1, conditions), shared)
 
 
-def calibrated_on(pipe: DiffusionPipeline) -> Conditions | None:
-    """What a quantized pipeline was asked for in its calibration; None for any other, or if it takes no conditions."""
-    asked = _calibration(pipe).get("conditions")
-    return None if asked is None else Conditions(**asked)
-
-
-def _calibration(pipe: DiffusionPipeline) -> dict[str, Any]:
+def _config(pipe: DiffusionPipeline) -> TcaqConfig | None:
+    """Of a quantized pipeline; None for any other."""
     quantizer = getattr(find_denoiser(pipe)[1], "hf_quantizer", None)
-    return {} if quantizer is None else quantizer.quantization_config.recipe.get("calibration", {})
+    return None if quantizer is None else cast(TcaqConfig, quantizer.quantization_config)
 
 
 def first_arguments(
@@ -80,7 +77,8 @@ def first_arguments(
     try:
         with TemporaryDirectory(prefix="tcaq-blank-") as folder:
             # some schedulers and pipelines cannot do with a single step
-            steps = _calibration(pipe).get("steps", STEPS)
+            config = _config(pipe)
+            steps = STEPS if config is None else config.calibration.get("steps", STEPS)
             sample(pipe, range(images), steps, _blank(conditions, Path(folder)))
     except _CalledError as called:
         return called.arguments

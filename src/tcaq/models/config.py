@@ -13,6 +13,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from tcaq.errors import CheckpointError, UsageError
 from tcaq.models.integrity import config_checksum
+from tcaq.spec.conditions import Conditions
 from tcaq.spec.plan import ResolvedPlan
 from tcaq.spec.steps import StepGroups
 
@@ -54,6 +55,18 @@ class TcaqConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise CheckpointError(f"the checkpoint's dtype {self.dtype!r} is no floating-point dtype of torch")
         return dtype
+
+    @property
+    def calibration(self) -> Mapping[str, Any]:
+        """The recipe's part about calibration; empty if the record has none."""
+        found: Mapping[str, Any] = self.recipe.get("calibration", {})
+        return found
+
+    @property
+    def conditions(self) -> Conditions | None:
+        """What a conditional model was asked for in calibration; None for any other."""
+        asked = self.calibration.get("conditions")
+        return None if asked is None else Conditions(**asked)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values, with the format version."""
