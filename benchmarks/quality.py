@@ -1,8 +1,10 @@
 """Image quality of the bundled model after quantization: every recipe at four bit widths, what each part of ours adds, and the
 first and last recipe at narrower ones.
 
-    python benchmarks/quality.py --output build/quality             every cell, hours on two cores
+    python benchmarks/quality.py --output build/quality             every cell but the long one, a day on two cores
     python benchmarks/quality.py --output build/quality --only tcaq-w4a4 minmax-w4a4
+    python benchmarks/quality.py --output build/parts --model benchmarks/models/garments-dit --guidance 1.5 --preset quick \
+        --num 500 --steps 20 --results benchmarks/results/parts.json --only tcaq-w4a4 no-tcr-w4a4    the second model
 
 Each cell is a `tcaq quantize` and a `tcaq evaluate`; both resume, so the study can be stopped at any moment. The float samples are
 made once and shared. Calibration seed 0, evaluation seed 1: they never share noise. Several of these commands may run side by side
@@ -20,6 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from machine import machine
 from page import ROOT, row
 
@@ -38,6 +41,8 @@ PARTS = {
     "none": ["--no-bypass", "--no-tcr", "--no-daq", "--rounds", "0", "--no-network", "--no-correction"],
 }
 ABLATED = ("w6a6", "w4a4")
+LONG = "long-w4a4"
+"""20 000 iterations for each unit, the field's default, instead of the preset's: many hours on the bundled model."""
 NARROW = {"w3a4": (3, 4), "w2a4": (2, 4), "w4a3": (4, 3)}
 """Shown for the first and the last recipe only: no published system gives images there."""
 
@@ -51,7 +56,13 @@ def cells(preset: str) -> dict[str, list[str]]:
         table |= {f"{recipe}-{bits}": ["--recipe", recipe, "--preset", preset, *width] for recipe in recipes}
         if bits in ABLATED:
             table |= {f"{part}-{bits}": [*table[f"tcaq-{bits}"], *flags] for part, flags in PARTS.items()}
-    return table
+    return table | {LONG: [*table["tcaq-w4a4"], "--iterations", "20000"]}
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Which model, and what it is asked for."""
+    parser.add_argument("--model", default="reference")
+    parser.add_argument("--guidance", dest="asked", type=lambda scale: ["--guidance", scale], default=[])
 
 
 def tcaq(*args: object) -> str:
@@ -63,19 +74,21 @@ def tcaq(*args: object) -> str:
 def measure(name: str, options: list[str], args: argparse.Namespace) -> dict[str, Any]:
     """Quantize and evaluate one cell; both go on where they stopped."""
     folder = args.output / name
-    made = json.loads(tcaq("quantize", "reference", "--output", folder, *options, "--json"))
+    options = [*options, *args.asked]
+    made = json.loads(tcaq("quantize", args.model, "--output", folder, *options, "--json"))
     scores = args.output / f"{name}.json"
     protocol = ["--num", args.num, "--steps", args.steps, "--seed", args.seed, "--work", args.output / "samples"]
-    tcaq("evaluate", folder, "--reference", "reference", *protocol, "--json", scores)
+    tcaq("evaluate", folder, "--reference", args.model, *protocol, *args.asked, "--json", scores)
     values = read_json(scores)
     values["paired"]["sqnr_per_step"] = [
         [row["timestep"], round(row["sqnr"], 2)] for row in values["paired"]["sqnr_per_step"]
     ]
     return {
-        "command": f"tcaq quantize reference {' '.join(options)}",
+        "command": f"tcaq quantize {args.model} {' '.join(options)}",
         "quantize_seconds": round(made["seconds"], 1),
         "quantize_peak_memory": made["peak_memory"],
         "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
         "evaluation": values,
     }
 
@@ -83,6 +96,8 @@ def measure(name: str, options: list[str], args: argparse.Namespace) -> dict[str
 def stored(args: argparse.Namespace) -> dict[str, Any]:
     """The results so far; none where they are of another protocol, whose cells do not belong into one table."""
     protocol = {
+        "model": args.model,
+        "asked": args.asked,
         "preset": args.preset,
         "steps": args.steps,
         "num": args.num,
@@ -98,11 +113,13 @@ def main() -> None:
     """Measure the cells that are asked for and write the results after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "quality")
+    add_model(parser)
     parser.add_argument("--preset", default="full")
     parser.add_argument("--num", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", nargs="+", choices=list(cells("")), default=list(cells("")))
+    every = list(cells(""))
+    parser.add_argument("--only", nargs="+", choices=every, default=[name for name in every if name != LONG])
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     for name in args.only:

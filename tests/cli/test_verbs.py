@@ -13,6 +13,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from tcaq.cli import app
+from tcaq.cli.options import make_recipe
 from tcaq.models.sampler import sample
 from tcaq.models.seeds import image_seeds
 
@@ -66,6 +67,14 @@ def test_quantize_obeys_its_options_and_resumes(folders):
     again = invoke(*quantization(root), "--json")
     assert again.exit_code == 0
     assert json.loads(again.stdout)["seconds"] == summary["seconds"]  # nothing was computed twice
+
+
+def test_iterations_are_those_of_the_first_round_alone():
+    preset, asked = (
+        make_recipe("tcaq", "full", weights=None, activations=None, iterations=iterations) for iterations in (None, 7)
+    )
+    assert asked.reconstruction.iterations == 7
+    assert asked == preset.changed({"reconstruction": {"iterations": 7}})
 
 
 def test_plan_prints_the_table_without_running(folders):
@@ -234,7 +243,16 @@ def test_evaluate_writes_every_key_and_resumes(folders, tmp_path, monkeypatch):
         (["quantize", "reference", "--output", "o", "--weights", "9"], 2, "weights"),
         (["quantize", "reference", "--output", "o", "--step-groups", "many"], 2, "--step-groups 'many'"),
         (["quantize", "reference", "--output", "o", "--weight-rounding", "up"], 2, "weight-rounding"),
-        (["quantize", "reference", "--output", "o", "--preset", "fast", "--rounds", "2"], 2, "nothing to align"),
+        (
+            ["quantize", "reference", "--output", "o", "--preset", "fast", "--rounds", "2"],
+            2,
+            "reconstructs nothing; leave --rounds out",
+        ),
+        (
+            ["quantize", "reference", "--output", "o", "--preset", "fast", "--iterations", "9"],
+            2,
+            "leave --iterations out",
+        ),
         (["quantize", "reference", "--output", "o", "--plan", "absent.json"], 2, "absent.json"),
         (["quantize", "no/such-model-anywhere", "--output", "o"], 1, "no/such-model-anywhere"),
         (["sample", "reference", "--output", "images.gif"], 2, "images.gif"),

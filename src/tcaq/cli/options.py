@@ -36,6 +36,10 @@ NoNetworkOption = Annotated[bool, typer.Option("--no-network", help="No last fit
 NoBypassOption = Annotated[bool, typer.Option("--no-bypass", help="Outlying pixels of x_t do not go around the model.")]
 NoCorrectionOption = Annotated[bool, typer.Option("--no-correction", help="No correction of predicted noise.")]
 RoundsOption = Annotated[int | None, typer.Option(help="Rounds of progressive alignment; 0: none.", show_default=False)]
+IterationsOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Iterations of reconstruction for each unit, in the first round.", show_default=False),
+]
 SeedOption = Annotated[int, typer.Option(help="Seed of calibration.")]
 MemoryOption = Annotated[
     float | None,
@@ -103,6 +107,7 @@ def make_recipe(
     memory: float | None = None, plan: str = "same",
     left_out: Collection[str] = (), linear_inputs: str | None = None, batch: int | None = None,
     conditions: Conditions | None = None, step_bits: str | None = None, weight_rounding: WeightRounding | None = None,
+    iterations: int | None = None,
 ) -> Recipe:  # fmt: skip
     """The recipe that the options name: a program at a preset or a file, then every option that was given.
 
@@ -131,12 +136,11 @@ def make_recipe(
         changes["alignment"] = {"rounds": rounds} if rounds else None
     named = not recipe.endswith(".json")
     made = preset_recipe(recipe, preset, **changes) if named else Recipe.read(Path(recipe)).changed(changes)
-    if rounds and made.reconstruction is None:
+    fits = {"--rounds": rounds, "--iterations": iterations}
+    if made.reconstruction is None and (option := next((name for name, value in fits.items() if value), None)):
         what = f"recipe {recipe!r} at preset {preset!r}" if named else f"recipe {recipe!r}"
-        raise UsageError(
-            f"--rounds {rounds}: the {what} reconstructs nothing, so there is nothing to align; leave --rounds out"
-        )
-    return made
+        raise UsageError(f"{option} {fits[option]}: the {what} reconstructs nothing; leave {option} out")
+    return made if iterations is None else made.changed({"reconstruction": {"iterations": iterations}})
 
 
 def _groups(text: str | None) -> int | str | None:

@@ -37,6 +37,7 @@ def quantize_command(
     no_bypass: opt.NoBypassOption = False,
     no_tcr: opt.NoTcrOption = False,
     no_daq: opt.NoDaqOption = False,
+    iterations: opt.IterationsOption = None,
     rounds: opt.RoundsOption = None,
     no_network: opt.NoNetworkOption = False,
     no_correction: opt.NoCorrectionOption = False,
@@ -73,6 +74,7 @@ def quantize_command(
         recipe, preset, weights=weights, activations=activations, steps=steps, samples=samples, step_groups=step_groups,
         rounds=rounds, seed=seed, memory=memory, plan=plan, left_out=[part for part, off in parts.items() if off],
         linear_inputs=linear_inputs, batch=batch, step_bits=step_bits, weight_rounding=weight_rounding,
+        iterations=iterations,
         conditions=ask.make_conditions(prompts, negative, labels, guidance, true_guidance, size, tokens, pictures),
     )  # fmt: skip
     rules = opt.read_plan(plan)
