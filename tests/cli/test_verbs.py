@@ -69,6 +69,14 @@ def test_quantize_obeys_its_options_and_resumes(folders):
     assert json.loads(again.stdout)["seconds"] == summary["seconds"]  # nothing was computed twice
 
 
+@pytest.mark.parametrize("verb", ["quantize", "sample", "evaluate", "report", "compare"])
+def test_verbs_that_sample_say_what_conditional_models_are_asked_for_by_default(verb, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    said = invoke(verb, "--help").stdout
+    assert all(f"--{name}" in said for name in ("prompts", "negative", "guidance", "size", "tokens", "pictures"))
+    assert "Class numbers, with commas between. [default: (16, evenly)]" in " ".join(said.replace("│", " ").split())
+
+
 def test_iterations_are_those_of_the_first_round_alone():
     preset, asked = (
         make_recipe("tcaq", "full", weights=None, activations=None, iterations=iterations) for iterations in (None, 7)

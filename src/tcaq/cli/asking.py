@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -12,48 +15,70 @@ from tcaq.errors import UsageError
 from tcaq.spec.conditions import Conditions
 from tcaq.spec.pictures import pictures_in
 
-PromptsOption = Annotated[
-    Path | None, typer.Option(help="Text file, one prompt a line. [default: a small built-in list]", show_default=False)
-]
-NegativeOption = Annotated[str | None, typer.Option(help="Negative prompt.", show_default=False)]
-LabelsOption = Annotated[
-    str | None, typer.Option(help="Class numbers, with commas between. [default: 16, evenly]", show_default=False)
-]
-GuidanceOption = Annotated[
-    float | None, typer.Option(help="Scale of classifier-free guidance. [default: the pipeline's]", show_default=False)
-]
-TrueGuidanceOption = Annotated[
-    float | None,
-    typer.Option(
-        help="Scale of guidance in two calls, beside a distilled one (FLUX with --negative).", show_default=False
-    ),
-]
-SizeOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Pixels of the images: 512, or height x width as in 512x768.", metavar="H[xW]", show_default=False
-    ),
-]
-TokensOption = Annotated[
-    int | None, typer.Option(min=1, help="Length to which T5 prompts are padded.", show_default=False)
-]
-PicturesOption = Annotated[
-    Path | None,
-    typer.Option(help="Folder of pictures that inpainting starts from; holes are cut at random.", show_default=False),
-]
 SchedulerOption = Annotated[
     str | None,
     typer.Option(
-        help="A diffusers scheduler, such as DPMSolverMultistepScheduler. [default: the model's own]",
-        show_default=False,
+        help="A diffusers scheduler, such as DPMSolverMultistepScheduler.",
+        show_default="the model's own",
     ),
 ]
 
 
+def asks(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `make_conditions` in place of its argument `asked`, which they make."""
+    own, options = inspect.signature(command).parameters, inspect.signature(make_conditions).parameters
+    hints = get_type_hints(make_conditions, include_extras=True) | get_type_hints(command, include_extras=True)
+    names = [name for own_name in own for name in (options if own_name == "asked" else (own_name,))]
+
+    @wraps(command)
+    def with_options(**given: Any) -> None:
+        asked = make_conditions(**{name: given.pop(name) for name in options})
+        command(**given, asked=asked)
+
+    # typer reads both; keywords may stand in any order, with defaults or without
+    with_options.__annotations__ = {name: hints[name] for name in names}
+    with_options.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [(own | options)[name].replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY) for name in names]
+    )
+    return with_options
+
+
 def make_conditions(
-    prompts: Path | None, negative: str | None, labels: str | None, guidance: float | None, true_guidance: float | None,
-    size: str | None, tokens: int | None, pictures: Path | None,
-) -> Conditions | None:  # fmt: skip
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Text file, one prompt a line.", show_default="a small built-in list"),
+    ] = None,
+    negative: Annotated[str | None, typer.Option(help="Negative prompt.", show_default=False)] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="Class numbers, with commas between.", show_default="16, evenly"),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Scale of classifier-free guidance.", show_default="the pipeline's"),
+    ] = None,
+    true_guidance: Annotated[
+        float | None,
+        typer.Option(
+            help="Scale of guidance in two calls, beside a distilled one (FLUX with --negative).", show_default=False
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="Pixels of the images: 512, or height x width as in 512x768.", metavar="H[xW]", show_default=False
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Length to which T5 prompts are padded.", show_default=False)
+    ] = None,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of pictures that inpainting starts from; holes are cut at random.", show_default=False
+        ),
+    ] = None,
+) -> Conditions | None:
     """What the options ask for; None if none was given. Raises: UsageError naming what is not allowed."""
     given: dict[str, Any] = {
         "negative": negative, "labels": _labels(labels), "guidance": guidance, "true_guidance": true_guidance,

@@ -27,16 +27,12 @@ def bench_command(
     reference: Annotated[str, typer.Option(help="The float MODEL it was made from.")],
     against: Annotated[str, typer.Option(help=f"all, or some of: {', '.join(CONTENDERS)}.", metavar="NAME,...")] = OURS,
     batches: Annotated[str, typer.Option(help="Images at a time.", metavar="N,...")] = "1,8",
-    size: Annotated[
-        int | None, typer.Option(min=8, help="Height and width. [default: the model's]", show_default=False)
-    ] = None,
+    size: Annotated[int | None, typer.Option(min=8, help="Height and width.", show_default="the model's")] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Timed repetitions, in turn; the median counts.")] = 5,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps of the compared images.")] = 10,
     images: Annotated[int, typer.Option(min=1, help="Compared images.")] = 4,
     memory: Annotated[bool, typer.Option("--memory", help="Peak memory too, each in a process of its own.")] = False,
-    work: Annotated[
-        Path | None, typer.Option(help="Folder that keeps what is built. [default: none]", show_default=False)
-    ] = None,
+    work: Annotated[Path | None, typer.Option(help="Folder that keeps what is built.", show_default="none")] = None,
     as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result here.")] = None,
 ) -> None:
     """Time a checkpoint beside its float original and other tools' models, all in one run, with the PSNR of each to float."""

@@ -15,9 +15,9 @@ from rich.table import Table
 from torch import Tensor
 
 from tcaq.checkpoint import load
-from tcaq.cli import asking as ask
 from tcaq.cli import options as opt
 from tcaq.cli.app import app, console, notes
+from tcaq.cli.asking import asks
 from tcaq.cli.models import open_float
 from tcaq.cli.progress import stage_progress
 from tcaq.errors import RunError, UsageError
@@ -57,6 +57,7 @@ class Cell:
 
 
 @app.command("compare")
+@asks
 def compare_command(
     model: opt.ModelArgument,
     output: Annotated[Path, typer.Option(help="Folder for everything; run again to go on.")],
@@ -77,17 +78,9 @@ def compare_command(
     real: Annotated[
         Path | None, typer.Option(help="Real images (folder) or statistics (.npz), if the extractor brings none.")
     ] = None,
-    prompts: ask.PromptsOption = None,
-    negative: ask.NegativeOption = None,
-    labels: ask.LabelsOption = None,
-    guidance: ask.GuidanceOption = None,
-    true_guidance: ask.TrueGuidanceOption = None,
-    size: ask.SizeOption = None,
-    tokens: ask.TokensOption = None,
-    pictures: ask.PicturesOption = None,
+    asked: Conditions | None = None,
 ) -> None:
     """Quantize MODEL by every recipe at every width, measure all of them alike, and write compare.json, .md and .html."""
-    asked = ask.make_conditions(prompts, negative, labels, guidance, true_guidance, size, tokens, pictures)
     cells = list(parse_cells(recipes, bits, preset, plan, asked))
     numbers = parse_seeds(seeds)
     protocol = {

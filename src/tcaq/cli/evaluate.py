@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from tcaq.cli import asking as ask
 from tcaq.cli import options as opt
 from tcaq.cli.app import app, console
+from tcaq.cli.asking import SchedulerOption, asks
 from tcaq.cli.models import executed, open_float, open_quantized
 from tcaq.cli.progress import stage_progress
 from tcaq.evaluate.evaluate import Evaluation
@@ -20,9 +20,11 @@ from tcaq.evaluate.real import load_real
 from tcaq.models.prompting import resolve_conditions
 from tcaq.models.switch import use_scheduler
 from tcaq.records import write_json
+from tcaq.spec.conditions import Conditions
 
 
 @app.command("evaluate")
+@asks
 def evaluate_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `tcaq quantize` wrote.")],
     reference: Annotated[str, typer.Option(help="The float MODEL it was made from.")],
@@ -34,21 +36,15 @@ def evaluate_command(
         Path | None, typer.Option(help="Real images (folder) or statistics (.npz), if the extractor brings none.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
-    work: Annotated[Path | None, typer.Option(help="Folder of finished batches. [default: DIR/evaluation]")] = None,
-    prompts: ask.PromptsOption = None,
-    negative: ask.NegativeOption = None,
-    labels: ask.LabelsOption = None,
-    guidance: ask.GuidanceOption = None,
-    true_guidance: ask.TrueGuidanceOption = None,
-    size: ask.SizeOption = None,
-    tokens: ask.TokensOption = None,
-    pictures: ask.PicturesOption = None,
-    scheduler: ask.SchedulerOption = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder of finished batches.", show_default="DIR/evaluation")
+    ] = None,
+    asked: Conditions | None = None,
+    scheduler: SchedulerOption = None,
     as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result here.")] = None,
     execution: opt.ExecutionOption = opt.Execution.FAKE,
 ) -> None:
     """Sample both models from the same seeds and measure how far their images are from the data and from each other."""
-    asked = ask.make_conditions(prompts, negative, labels, guidance, true_guidance, size, tokens, pictures)
     quantized, original = executed(open_quantized(folder), execution), open_float(reference)
     quantized, original = use_scheduler(quantized, scheduler), use_scheduler(original, scheduler)
     extractor = load_features(features)

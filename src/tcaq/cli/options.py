@@ -20,10 +20,8 @@ ModelArgument = Annotated[
     str, typer.Argument(help="A local diffusers directory, a Hub id, or `reference` (bundled).", show_default=False)
 ]
 RecipeOption = Annotated[str, typer.Option(help=f"{', '.join(RECIPES)}, or a recipe's JSON file.")]
-WeightsOption = Annotated[int | None, typer.Option(help="Bits of weights, 2-8. [default: 4]", show_default=False)]
-ActivationsOption = Annotated[
-    int | None, typer.Option(help="Bits of activations, 2-8. [default: 4]", show_default=False)
-]
+WeightsOption = Annotated[int | None, typer.Option(help="Bits of weights, 2-8.", show_default="4")]
+ActivationsOption = Annotated[int | None, typer.Option(help="Bits of activations, 2-8.", show_default="4")]
 PresetOption = Annotated[str, typer.Option(help="fast (no gradients), quick (minutes), or full (best quality).")]
 StepsOption = Annotated[int | None, typer.Option(help="Sampling steps of calibration.", show_default=False)]
 SamplesOption = Annotated[int | None, typer.Option(help="Images sampled for calibration.", show_default=False)]
@@ -57,15 +55,15 @@ PlanOption = Annotated[
 LinearInputsOption = Annotated[
     str | None,
     typer.Option(
-        help="Inputs of linear layers: static (scales by step group) or token (a grid for each token). [default: static]",
-        metavar="static|token", show_default=False,
+        help="Inputs of linear layers: static (scales by step group) or token (a grid for each token).",
+        metavar="static|token", show_default="static",
     ),
 ]  # fmt: skip
 StepBitsOption = Annotated[
     str | None,
     typer.Option(
-        help="Bits of activations chosen by step from several, as in 4,8 (PTQD's mixed precision). [default: off]",
-        metavar="B,B,...", show_default=False,
+        help="Bits of activations chosen by step from several, as in 4,8 (PTQD's mixed precision).",
+        metavar="B,B,...", show_default="off",
     ),
 ]  # fmt: skip
 
@@ -80,9 +78,8 @@ class WeightRounding(StrEnum):
 WeightRoundingOption = Annotated[
     WeightRounding | None,
     typer.Option(
-        help="First rounding of weights: to the nearest code, or with each error fed back to later weights (GPTQ). "
-        "[default: nearest]",
-        show_default=False,
+        help="First rounding of weights: to the nearest code, or with each error fed back to later weights (GPTQ).",
+        show_default="nearest",
     ),
 ]
 BatchOption = Annotated[int | None, typer.Option(min=1, help="Images at a time in calibration.", show_default=False)]

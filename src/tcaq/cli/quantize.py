@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from tcaq.checkpoint import INDEX
-from tcaq.cli import asking as ask
 from tcaq.cli import options as opt
 from tcaq.cli.app import app, console, notes
+from tcaq.cli.asking import asks
 from tcaq.cli.judging import make_judge
 from tcaq.cli.models import open_float
 from tcaq.cli.progress import stage_progress
@@ -20,10 +20,12 @@ from tcaq.models.architectures import remark
 from tcaq.models.denoiser import find_denoiser
 from tcaq.recipes.quantize import RUN_FOLDER, quantize
 from tcaq.runs import Run
+from tcaq.spec.conditions import Conditions
 from tcaq.spec.recipe import Recipe
 
 
 @app.command("quantize")
+@asks
 def quantize_command(
     model: opt.ModelArgument,
     output: Annotated[Path, typer.Option(help="Folder for the checkpoint and the run; run again to go on.")],
@@ -48,17 +50,12 @@ def quantize_command(
     step_bits: opt.StepBitsOption = None,
     weight_rounding: opt.WeightRoundingOption = None,
     batch: opt.BatchOption = None,
-    prompts: ask.PromptsOption = None,
-    negative: ask.NegativeOption = None,
-    labels: ask.LabelsOption = None,
-    guidance: ask.GuidanceOption = None,
-    true_guidance: ask.TrueGuidanceOption = None,
-    size: ask.SizeOption = None,
-    tokens: ask.TokensOption = None,
-    pictures: ask.PicturesOption = None,
+    asked: Conditions | None = None,
     features: Annotated[
         str | None,
-        typer.Option(help="Extractor by which alignment decides when to stop. [default: reference for it, else none]"),
+        typer.Option(
+            help="Extractor by which alignment decides when to stop.", show_default="reference for it, else none"
+        ),
     ] = None,
     share: Annotated[
         Path | None,
@@ -75,7 +72,7 @@ def quantize_command(
         rounds=rounds, seed=seed, memory=memory, plan=plan, left_out=[part for part, off in parts.items() if off],
         linear_inputs=linear_inputs, batch=batch, step_bits=step_bits, weight_rounding=weight_rounding,
         iterations=iterations,
-        conditions=ask.make_conditions(prompts, negative, labels, guidance, true_guidance, size, tokens, pictures),
+        conditions=asked,
     )  # fmt: skip
     rules = opt.read_plan(plan)
     pipe = open_float(model)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from tcaq.cli import asking as ask
 from tcaq.cli.app import app, console
+from tcaq.cli.asking import asks
 from tcaq.cli.evaluate import scores_table
 from tcaq.cli.models import open_float, open_quantized
 from tcaq.cli.progress import stage_progress
@@ -23,17 +23,17 @@ from tcaq.models.switch import use_scheduler
 from tcaq.recipes.quantize import RUN_FOLDER
 from tcaq.report.page import Entry, Trial, write_report
 from tcaq.runs import OnProgress
+from tcaq.spec.conditions import Conditions
 
 SHOWN = 16
 
 
 @app.command("report")
+@asks
 def report_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `tcaq quantize` wrote.")],
     reference: Annotated[str, typer.Option(help="The float MODEL it was made from.")],
-    output: Annotated[
-        Path | None, typer.Option(help="The page. [default: DIR/report.html]", show_default=False)
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="The page.", show_default="DIR/report.html")] = None,
     num: Annotated[int, typer.Option(min=2, help="Images of each model and scheduler.")] = 64,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the images; calibration never draws the same noise.")] = 1,
@@ -42,19 +42,14 @@ def report_command(
         Path | None, typer.Option(help="Real images (folder) or statistics (.npz), if the extractor brings none.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
-    work: Annotated[Path | None, typer.Option(help="Folder of finished batches. [default: DIR/evaluation]")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder of finished batches.", show_default="DIR/evaluation")
+    ] = None,
     schedulers: Annotated[
         str,
         typer.Option(help="diffusers schedulers to sample with beside the model's own, with commas between."),
     ] = "",
-    prompts: ask.PromptsOption = None,
-    negative: ask.NegativeOption = None,
-    labels: ask.LabelsOption = None,
-    guidance: ask.GuidanceOption = None,
-    true_guidance: ask.TrueGuidanceOption = None,
-    size: ask.SizeOption = None,
-    tokens: ask.TokensOption = None,
-    pictures: ask.PicturesOption = None,
+    asked: Conditions | None = None,
 ) -> None:
     """Sample both models, measure, and write one HTML page: quality, images, and what every stage of the run did."""
     if not (folder / RUN_FOLDER).is_dir():
@@ -66,7 +61,6 @@ def report_command(
     for name in names:
         use_scheduler(original, name)  # a wrong name must not come up after the first was sampled
     extractor = load_features(features)
-    asked = ask.make_conditions(prompts, negative, labels, guidance, true_guidance, size, tokens, pictures)
     protocol = Protocol(
         extractor=extractor, work=work or folder / "evaluation", num=num, steps=steps, seed=seed, batch=batch,
         real=None if real is None else load_real(real, extractor),

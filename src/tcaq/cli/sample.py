@@ -8,9 +8,9 @@ from typing import Annotated
 import torch
 import typer
 
-from tcaq.cli import asking as ask
 from tcaq.cli import options as opt
 from tcaq.cli.app import app, console
+from tcaq.cli.asking import SchedulerOption, asks
 from tcaq.cli.models import executed, open_any
 from tcaq.cli.progress import stage_progress
 from tcaq.errors import UsageError
@@ -20,9 +20,11 @@ from tcaq.models.seeds import image_seeds
 from tcaq.models.switch import use_scheduler
 from tcaq.records import replacing
 from tcaq.report.grid import grid_image
+from tcaq.spec.conditions import Conditions
 
 
 @app.command("sample")
+@asks
 def sample_command(
     model: Annotated[str, typer.Argument(help="A folder that `tcaq quantize` wrote, or a float MODEL.")],
     output: Annotated[Path, typer.Option(help="FILE.png for one grid, or a folder for one file an image.")],
@@ -30,21 +32,13 @@ def sample_command(
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
     seed: Annotated[int, typer.Option(help="Image i is the same for every batch size.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
-    prompts: ask.PromptsOption = None,
-    negative: ask.NegativeOption = None,
-    labels: ask.LabelsOption = None,
-    guidance: ask.GuidanceOption = None,
-    true_guidance: ask.TrueGuidanceOption = None,
-    size: ask.SizeOption = None,
-    tokens: ask.TokensOption = None,
-    pictures: ask.PicturesOption = None,
-    scheduler: ask.SchedulerOption = None,
+    asked: Conditions | None = None,
+    scheduler: SchedulerOption = None,
     execution: opt.ExecutionOption = opt.Execution.FAKE,
 ) -> None:
     """Sample images; equal seeds give float and quantized models equal noise, so their images can be compared."""
     if output.suffix and output.suffix != ".png":
         raise UsageError(f"--output {output}: give a name ending in .png for a grid, or a folder for single images")
-    asked = ask.make_conditions(prompts, negative, labels, guidance, true_guidance, size, tokens, pictures)
     pipe = use_scheduler(executed(open_any(model), execution), scheduler)
     conditions = resolve_conditions(pipe, asked)
     parts = []
