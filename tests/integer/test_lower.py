@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from tcaq.models.correction import attach_correction
 from tcaq.models.load import weights_hash
 from tcaq.models.sampler import sample
 
+MAPS = Path("/proc/self/maps")
+
 
 @torch.no_grad()
 def output(unet: nn.Module, when: float | Tensor = 500.0) -> Tensor:
@@ -31,6 +34,15 @@ def output(unet: nn.Module, when: float | Tensor = 500.0) -> Tensor:
 @pytest.fixture
 def make(tiny_pipeline, quantized_tiny):
     return lambda **options: quantized_tiny(tiny_pipeline(), **options)
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="the system does not list what is mapped")
+def test_nothing_of_the_checkpoint_file_stays_in_memory(make, tmp_path):
+    tcaq.save(make(), tmp_path)
+    pipe = tcaq.load(tmp_path)
+    assert str(tmp_path) in MAPS.read_text()
+    tcaq.lower(pipe)
+    assert str(tmp_path) not in MAPS.read_text()
 
 
 def test_every_weighted_layer_runs_in_integers_and_the_rest_says_why(make):

@@ -91,10 +91,13 @@ def lower(pipe: DiffusionPipeline, products: Products = "plan") -> Lowering:
     if problem is not None:
         warnings.warn(f"{problem}; the model runs fake-quantized, in float", RuntimeWarning, stacklevel=2)
         return Lowering(tuple(LayerExecution(name, "fake", problem) for name in layers))
-    done = [_lower(denoiser, name, layer, cast(Backend, backend), products) for name, layer in layers.items()]
+    _leave_file(denoiser)
+    done = []
+    for name in tuple(layers):
+        done.append(_lower(denoiser, name, layers.pop(name), cast(Backend, backend), products))
+        release_freed_memory()  # what packing left behind, layer by layer, would come to as much again as the weights
     if products == "fused":
         _fuse(denoiser)
-    _leave_file(denoiser)
     if (quantizer := getattr(denoiser, "hf_quantizer", None)) is not None:
         denoiser.hf_quantizer = LoweredQuantizer(quantizer.quantization_config)
     return Lowering(tuple(done))
@@ -108,16 +111,18 @@ def _lower(
     try:
         with torch.no_grad():
             replace(denoiser, name, integer_layer(layer, backend))
-        release_freed_memory()  # what packing left behind, layer by layer, would come to as much again as the weights
     except NoKernel as problem:
         return LayerExecution(name, "fake", str(problem))
     return LayerExecution(name, "integer")
 
 
 def _leave_file(denoiser: nn.Module) -> None:
-    """Copy what is left of the checkpoint: each of its tensors would hold the whole mapped file, codes and all, in memory."""
-    for tensor in (*denoiser.parameters(), *denoiser.buffers()):
-        tensor.data = tensor.detach().clone()
+    """Copy the checkpoint's tensors: each of them would hold the whole mapped file in memory, copies are freed one by one."""
+    for parameter in denoiser.parameters():
+        parameter.data = parameter.detach().clone()
+    for module in denoiser.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.clone())  # loaded ones are views, which hold what they view even with other data
 
 
 def _fuse(denoiser: nn.Module) -> None:
