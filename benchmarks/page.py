@@ -2,9 +2,9 @@
 
     python benchmarks/page.py
 
-`quality.py` makes the tables of image quality and `spread.py` their standard errors, `make bench` has the command behind the second
-model's, `presets.py` makes the table of costs, `speed.py` those of speed and the figure beside them, `integer.py` that of integer
-images. A part whose study has not run yet is left out, and the page says so.
+`quality.py` makes the tables of image quality and `spread.py` their standard errors, `make bench` has the commands behind the
+second model's (`second`, `parts`, `parts-spread`), `presets.py` makes the table of costs, `speed.py` those of speed and the figure
+beside them, `integer.py` that of integer images. A part whose study has not run yet is left out, and the page says so.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
 HEAD = (
-    "| {} | FD | ratio | KID | PSNR dB | SSIM | FD to float | quantizing, min | threads | peak, GiB |\n"
-    "|---|---|---|---|---|---|---|---|---|---|"
+    "| {} | FD | ratio | KID | PSNR dB | SSIM | FD to float | quantizing, min | threads | vectors | peak, GiB |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|"
 )
 PARTS = {
     "no-tcr": "without TCR",
@@ -49,11 +49,17 @@ def page() -> list[str]:
     found = {path.stem: read_json(path) for path in sorted(RESULTS.glob("*.json"))}
     lines = ["# Results", "", "Written by `python benchmarks/page.py`; do not edit by hand.", ""]
     lines += quality(found["quality"], found.get("spread", {}).get("cells", {})) if "quality" in found else []
-    lines += second(found["second"]) if "second" in found else []
+    lines += (
+        second(found["second"], found.get("parts"), found.get("parts-spread", {}).get("cells", {}))
+        if "second" in found
+        else []
+    )
     lines += costs(found["presets"]) if "presets" in found else []
     lines += speed(found["speed"]) if "speed" in found else []
     lines += integers(found["integer"]) if "integer" in found else []
-    missing = [name for name in ("quality", "spread", "second", "presets", "speed", "integer") if name not in found]
+    missing = [
+        name for name in ("quality", "spread", "second", "parts", "presets", "speed", "integer") if name not in found
+    ]
     return [*lines, f"Studies that have not run: {', '.join(missing)}.", ""] if missing else lines
 
 
@@ -72,13 +78,14 @@ def quality(results: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:
         "`ratio` is FD over the float model's, behind ± its standard error over images (`python benchmarks/spread.py`; what "
         "another calibration seed would change is not in it); `FD to float` is the distance between both models' images. PSNR "
         "and SSIM compare images of the same seed. Several processes ran beside each other, a thread each, so that the minutes "
-        "are not those of a machine with nothing else to do; those are [below](#what-the-presets-cost) once measured.",
+        "are not those of a machine with nothing else to do; those are [below](#what-the-presets-cost) once measured. `vectors`: "
+        "the instructions that the processor had, whose sums differ in order.",
         "",
         *glance(done, spread),
         *(line for bits in WIDTHS for line in width_table(bits, done, spread)),
     ]
     for bits in ("w6a6", "w4a4"):
-        lines += ablation(bits, done, spread)
+        lines += ablation(f"What each part adds at {bits.upper()}", bits, done, spread)
     return lines
 
 
@@ -112,7 +119,7 @@ def width_table(bits: str, done: Mapping[str, Any], spread: Mapping[str, Any]) -
     return [f"### All figures, {bits.upper()}", "", HEAD.format("recipe"), *rows, ""] if rows else []
 
 
-def ablation(bits: str, done: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:
+def ablation(title: str, bits: str, done: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:
     """The whole recipe at a width, and with each part left out; empty if none was."""
     cells = {f"tcaq-{bits}": "the whole recipe"} | {f"{part}-{bits}": text for part, text in PARTS.items()}
     rows = [row(text, done[name], spread.get(name, {})) for name, text in cells.items() if name in done]
@@ -124,7 +131,7 @@ def ablation(bits: str, done: Mapping[str, Any], spread: Mapping[str, Any]) -> l
         if "more" in spread.get(name, {})
     ]
     paired = [f"Ratio above the whole recipe's, image by image: {'; '.join(more)}.", ""] if more else []
-    return [f"### What each part adds at {bits.upper()}", "", HEAD.format("tcaq"), *rows, "", *paired]
+    return [f"### {title}", "", HEAD.format("tcaq"), *rows, "", *paired]
 
 
 def speed(results: Mapping[str, Any]) -> list[str]:
@@ -202,7 +209,7 @@ def row(name: str, cell: Mapping[str, Any], spread: Mapping[str, float] | None =
     return (
         f"| {name} | {scores['quantized']['fd']:.2f} | {scores['ratio']['fd']:.3f}{error} | {scores['quantized']['kid']:.5f} "
         f"| {pair['psnr']:.2f} | {pair['ssim']:.3f} | {pair['fd_to_float']:.2f} "
-        f"| {minutes} | {cell['threads']} | {cell['quantize_peak_memory'] / 2**30:.2f} |"
+        f"| {minutes} | {cell['threads']} | {cell['vectors']} | {cell['quantize_peak_memory'] / 2**30:.2f} |"
     )
 
 
@@ -230,8 +237,8 @@ def integers(results: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def second(results: Mapping[str, Any]) -> list[str]:
-    """Recipes on the second model."""
+def second(results: Mapping[str, Any], parts: Mapping[str, Any] | None, spread: Mapping[str, Any]) -> list[str]:
+    """Recipes on the second model, and what each part of ours adds there."""
     how = results["protocol"]
     text = (
         f"`tcaq compare {how['model']} --guidance {how['conditions']['guidance']} --preset {how['preset']} --num {how['images']} "
@@ -240,7 +247,11 @@ def second(results: Mapping[str, Any]) -> list[str]:
         "beside each other, one thread each."
     )
     picture = "![float and quantized samples of the same seeds and labels](images/second-w4a4.png)"
-    return ["## The second model, a latent DiT", "", text, "", *markdown(results).splitlines(), "", picture, ""]
+    lines = ["## The second model, a latent DiT", "", text, "", *markdown(results).splitlines(), "", picture, ""]
+    if parts is None:
+        return lines
+    title = f"What each part adds on the second model at W4A4, preset `{parts['preset']}`"
+    return [*lines, *ablation(title, "w4a4", parts["cells"], spread)]
 
 
 def costs(presets: Mapping[str, Any]) -> list[str]:

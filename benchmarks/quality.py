@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from machine import machine
+from model import add_model, flags
 from page import ROOT, row
 
 from tcaq.recipes.registry import RECIPES
@@ -59,12 +60,6 @@ def cells(preset: str) -> dict[str, list[str]]:
     return table | {LONG: [*table["tcaq-w4a4"], "--iterations", "20000"]}
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Which model, and what it is asked for."""
-    parser.add_argument("--model", default="reference")
-    parser.add_argument("--guidance", dest="asked", type=lambda scale: ["--guidance", scale], default=[])
-
-
 def tcaq(*args: object) -> str:
     """Run the command; its progress goes to the terminal, its standard output is returned."""
     command = [sys.executable, "-c", "from tcaq.cli import app; app()", *map(str, args)]
@@ -74,11 +69,12 @@ def tcaq(*args: object) -> str:
 def measure(name: str, options: list[str], args: argparse.Namespace) -> dict[str, Any]:
     """Quantize and evaluate one cell; both go on where they stopped."""
     folder = args.output / name
-    options = [*options, *args.asked]
+    asked = flags(args)
+    options = [*options, *map(str, asked)]
     made = json.loads(tcaq("quantize", args.model, "--output", folder, *options, "--json"))
     scores = args.output / f"{name}.json"
     protocol = ["--num", args.num, "--steps", args.steps, "--seed", args.seed, "--work", args.output / "samples"]
-    tcaq("evaluate", folder, "--reference", args.model, *protocol, *args.asked, "--json", scores)
+    tcaq("evaluate", folder, "--reference", args.model, *protocol, *asked, "--json", scores)
     values = read_json(scores)
     values["paired"]["sqnr_per_step"] = [
         [row["timestep"], round(row["sqnr"], 2)] for row in values["paired"]["sqnr_per_step"]
@@ -97,7 +93,7 @@ def stored(args: argparse.Namespace) -> dict[str, Any]:
     """The results so far; none where they are of another protocol, whose cells do not belong into one table."""
     protocol = {
         "model": args.model,
-        "asked": args.asked,
+        "guidance": args.guidance,
         "preset": args.preset,
         "steps": args.steps,
         "num": args.num,

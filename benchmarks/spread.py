@@ -1,6 +1,8 @@
 """How much of a difference between cells of the quality study is chance: the jackknife over evaluation images.
 
     python benchmarks/spread.py --output build/quality
+    python benchmarks/spread.py --output build/parts --model benchmarks/models/garments-dit --guidance 1.5 --num 500 --steps 20 \\
+        --results benchmarks/results/parts-spread.json
 
 Reads the images that `quality.py` sampled and left in its folder. They are cut into 40 blocks, the same seeds in each for the
 float model and every cell; the Fréchet distances are taken again with each block left out. From how they vary follows the
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from model import add_model, conditions
 from page import ROOT
 from quality import cells
 from torch import Tensor
@@ -32,7 +35,7 @@ BLOCKS = 40
 
 def left_out(pipe: Any, args: argparse.Namespace) -> Tensor:
     """The Fréchet distance without each block, float64 [blocks]."""
-    how = {"num": args.num, "steps": args.steps, "seed": args.seed, "batch": 32}
+    how = {"num": args.num, "steps": args.steps, "seed": args.seed, "batch": 32, "conditions": conditions(args)}
     images = sample_for_evaluation(pipe, args.output / "samples", **how).images
     extractor = load_features("reference")
     parts = [Moments.of(part) for part in extractor.extract(images, 100).chunk(BLOCKS)]
@@ -53,6 +56,7 @@ def main() -> None:
     """Every cell that is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "quality")
+    add_model(parser)
     parser.add_argument("--num", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
@@ -61,7 +65,7 @@ def main() -> None:
     args = parser.parse_args()
     asked = set(args.only or cells(""))
     asked |= {f"tcaq-{name.rpartition('-')[2]}" for name in asked}  # what they are compared with
-    base = left_out(open_float("reference"), args)
+    base = left_out(open_float(args.model), args)
     ratios = {
         name: left_out(tcaq.load(args.output / name), args) / base
         for name in cells("")
