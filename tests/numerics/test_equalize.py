@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import conv2d, linear
 
-from tcaq.numerics.equalize import tcr_vector
+from tcaq.numerics.affine import code_range, fake_quantize, qparams
+from tcaq.numerics.equalize import predicted_noise, tcr_vector
 
 
 def looped(maxima: list[list[float]], truncate: float) -> list[float]:
@@ -75,3 +76,32 @@ def test_moving_range_to_the_weight_keeps_the_function() -> None:
     torch.testing.assert_close(
         linear(tokens / r, matrix * r, bias), linear(tokens, matrix, bias), rtol=1e-12, atol=1e-12
     )
+
+
+@pytest.mark.parametrize(("weight_bits", "input_bits"), [(8, 8), (4, 8), (8, 4), (5, 6)])
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_predicted_noise_is_what_rounding_adds(weight_bits: int, input_bits: int, strength: float) -> None:
+    generator = torch.Generator().manual_seed(weight_bits * 10 + input_bits)
+    weight = torch.randn(24, 12, 3, generator=generator)
+    spread = torch.logspace(-1, 1, 12).reshape(12, 1)
+    steps = [torch.randn(12, 4096 * 3, generator=generator) * spread * size for size in (0.5, 2.0)]
+    low, high = (torch.stack([end(x, dim=1) for x in steps]) for end in (torch.amin, torch.amax))
+    squares = torch.stack([x.square().mean(1) for x in steps])
+    r = tcr_vector(torch.maximum(-low, high), percentile=0.0, truncate=1e4, strength=strength)
+
+    scaled = (weight * r[:, None]).flatten(1)
+    grid = qparams(scaled.amin(1), scaled.amax(1), weight_bits, signed=False, symmetric=False)
+    rounded = fake_quantize(scaled, *(row[:, None] for row in grid), *code_range(weight_bits, signed=False))
+    rounded = (rounded.reshape(weight.shape) / r[:, None]).flatten(1).double()
+    measured = 0.0
+    for x in steps:
+        divided = x / r[:, None]
+        scale, zero = qparams(divided.min(), divided.max(), input_bits, signed=False, symmetric=False)
+        seen = fake_quantize(divided, scale, zero, *code_range(input_bits, signed=False)) * r[:, None]
+        # each output channel sums over channels and three taps, whose inputs are separate draws
+        taps, real = (y.reshape(12, 4096, 3).movedim(2, 1).flatten(0, 1).double() for y in (seen, x))
+        error = rounded @ taps - weight.flatten(1).double() @ real
+        measured += float(error.square().mean(1).sum()) / len(steps)
+
+    found = predicted_noise(weight, r, low, high, squares, weight_bits=weight_bits, input_bits=input_bits)
+    assert found == pytest.approx(measured, rel=0.15)

@@ -13,7 +13,7 @@ from tcaq.layers.modes import floating, observing
 from tcaq.numerics.equalize import tcr_vector
 from tcaq.numerics.ranges import search_range
 from tcaq.spec.recipe import Daq, RangeSearch, Tcr
-from tcaq.stages.equalize import equalize
+from tcaq.stages.equalize import STRENGTHS, equalize, layer_noise
 from tcaq.stages.observe import observe
 from tcaq.stages.scale import apply_input_scales, apply_weight_scales, scale_inputs, scale_weights
 from tcaq.stages.select import select
@@ -76,6 +76,21 @@ def test_vectors_come_from_the_observed_maxima(scene):
     assert expected.max() > 1
     assert not any("time_emb" in name for name in vectors)  # linear layers only if asked for
     assert any("time_emb" in n for n in equalize(scene.unet, scene.ranges, Tcr(kinds=("conv", "linear"))).tensors)
+
+
+def test_a_strength_for_each_layer_is_the_one_of_least_predicted_noise(scene):
+    spec = Tcr(strength="layer", kinds=("conv", "linear"))
+    vectors = equalize(scene.unet, scene.ranges, spec).tensors
+    chosen = set()
+    for name, vector in vectors.items():
+        layer, found = scene.unet.get_submodule(name), {}
+        for strength in STRENGTHS:
+            tried = equalize(scene.unet, scene.ranges, Tcr(strength=strength, kinds=("conv", "linear"))).tensors[name]
+            found[strength] = layer_noise(name, layer, scene.ranges, tried), tried
+        best = min(found, key=lambda strength: found[strength][0])
+        assert torch.equal(vector, found[best][1])
+        chosen.add(best)
+    assert len(chosen) > 1
 
 
 def test_min_max_scales_cover_exactly_the_observed_range(scene):

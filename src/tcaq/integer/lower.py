@@ -122,7 +122,9 @@ def _leave_file(denoiser: nn.Module) -> None:
         parameter.data = parameter.detach().clone()
     for module in denoiser.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.clone())  # loaded ones are views, which hold what they view even with other data
+            setattr(
+                module, name, buffer.clone()
+            )  # loaded ones are views, which hold what they view even with other data
 
 
 def _fuse(denoiser: nn.Module) -> None:

@@ -48,13 +48,14 @@ class RangeSearch(Spec):
 class Tcr(Spec):
     """Timestep-channel joint reparameterization; `percentile` 0 is the paper's minimum, `strength` 1 its vector.
 
-    A weak channel makes every other ratio large, which costs nothing: the input's scale takes a common factor back. What costs is a
-    tight `truncate`, because where most entries are cut to one number, nothing is equalized any more.
+    `strength` "layer" (ours) takes, layer by layer, the one that predicts the least rounding noise in the output. A weak channel
+    makes every other ratio large, which costs nothing: the input's scale takes a common factor back. What costs is a tight
+    `truncate`, because where most entries are cut to one number, nothing is equalized any more.
     """
 
     percentile: Fraction = 0.0
     truncate: Annotated[float, Field(ge=1)] = 1e4
-    strength: Fraction = 0.5
+    strength: Fraction | Literal["layer"] = 0.5
     kinds: tuple[Literal["conv", "linear"], ...] = ("conv",)
 
 

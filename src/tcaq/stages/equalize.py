@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from torch import nn
+from functools import partial
+
+import torch
+from torch import Tensor, nn
 
 from tcaq.layers.conv import QuantizedConv2d
 from tcaq.layers.insert import quantized_layers
 from tcaq.layers.weighted import QuantizedWeight
-from tcaq.numerics.equalize import tcr_vector
+from tcaq.numerics.equalize import predicted_noise, tcr_vector
 from tcaq.records import Record
 from tcaq.spec.recipe import Tcr
-from tcaq.stages.observe import channel_maxima
+from tcaq.stages.observe import channel_ends, channel_maxima, channel_squares
+
+STRENGTHS = tuple(step / 8 for step in range(9))
+"""Tried for each layer where the recipe leaves the strength to it; the weaker of two equal ones stays."""
 
 
 def equalize(denoiser: nn.Module, ranges: Record, spec: Tcr, without: nn.Module | None = None) -> Record:
@@ -20,15 +26,33 @@ def equalize(denoiser: nn.Module, ranges: Record, spec: Tcr, without: nn.Module 
     """
     vectors = {}
     for name, layer in quantized_layers(denoiser):
+        if not isinstance(layer, QuantizedWeight) or layer is without:
+            continue
         kind = "conv" if isinstance(layer, QuantizedConv2d) else "linear"
         # a grouped convolution shares no input channel between groups, so one vector over all inputs does not fit its weight
-        whole = isinstance(layer, QuantizedWeight) and getattr(layer, "groups", 1) == 1
-        if whole and kind in spec.kinds and layer is not without:
-            maxima = channel_maxima(ranges, name)
-            vectors[name] = tcr_vector(
-                maxima, percentile=spec.percentile, truncate=spec.truncate, strength=spec.strength
-            )
+        if kind in spec.kinds and layer.groups == 1:
+            vectors[name] = chosen_vector(name, layer, ranges, spec)
     return Record(vectors)
+
+
+def chosen_vector(name: str, layer: QuantizedWeight, ranges: Record, spec: Tcr) -> Tensor:
+    """r of one layer, float32 [in channels]."""
+    strengths = STRENGTHS if spec.strength == "layer" else (spec.strength,)
+    maxima = channel_maxima(ranges, name)
+    vectors = (
+        tcr_vector(maxima, percentile=spec.percentile, truncate=spec.truncate, strength=strength)
+        for strength in strengths
+    )
+    return min(vectors, key=partial(layer_noise, name, layer, ranges))
+
+
+@torch.no_grad()
+def layer_noise(name: str, layer: QuantizedWeight, ranges: Record, vector: Tensor) -> float:
+    """The noise that rounding is expected to add to a layer's output with a vector."""
+    return predicted_noise(
+        layer.float_weight(), vector, *channel_ends(ranges, name), channel_squares(ranges, name),
+        weight_bits=layer.weight_quantizer.grid.bits, input_bits=layer.input_quantizer.grid.bits,
+    )  # fmt: skip
 
 
 def apply_vectors(denoiser: nn.Module, record: Record) -> None:

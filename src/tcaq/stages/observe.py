@@ -79,9 +79,20 @@ class Observations:
 
 def channel_maxima(ranges: Record, layer: str) -> Tensor:
     """m_t[c] = max |x_t[c]| of a layer's input, float32 [steps, channels]."""
-    return torch.maximum(ranges.tensors[f"{layer}|input|low"].abs(), ranges.tensors[f"{layer}|input|high"].abs())
+    low, high = channel_ends(ranges, layer)
+    return torch.maximum(low.abs(), high.abs())
+
+
+def channel_ends(ranges: Record, layer: str) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of each channel of a layer's input, float32 [steps, channels] each."""
+    return ranges.tensors[f"{layer}|input|low"], ranges.tensors[f"{layer}|input|high"]
+
+
+def channel_squares(ranges: Record, layer: str) -> Tensor:
+    """Mean square of each channel of a layer's input, float32 [steps, channels]."""
+    return ranges.tensors[f"{layer}|input|square"]
 
 
 def mean_squares(ranges: Record, layer: str) -> Tensor:
-    """Mean square of each input channel of a layer over all steps, float32 [channels]."""
-    return ranges.tensors[f"{layer}|input|square"].mean(dim=0)
+    """The same over all steps, float32 [channels]."""
+    return channel_squares(ranges, layer).mean(dim=0)
