@@ -121,10 +121,9 @@ def _leave_file(denoiser: nn.Module) -> None:
     for parameter in denoiser.parameters():
         parameter.data = parameter.detach().clone()
     for module in denoiser.modules():
+        # other data would not do: loaded buffers are views, which hold what they view
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(
-                module, name, buffer.clone()
-            )  # loaded ones are views, which hold what they view even with other data
+            setattr(module, name, buffer.clone())
 
 
 def _fuse(denoiser: nn.Module) -> None:

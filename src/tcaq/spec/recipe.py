@@ -18,6 +18,7 @@ Layers = Literal["same", "author"]
 LinearInputs = Literal["static", "token"]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Strength = Fraction | Literal["layer"]
 
 
 class Calibration(Spec):
@@ -48,15 +49,18 @@ class RangeSearch(Spec):
 class Tcr(Spec):
     """Timestep-channel joint reparameterization; `percentile` 0 is the paper's minimum, `strength` 1 its vector.
 
-    `strength` "layer" (ours) takes, layer by layer, the one that predicts the least rounding noise in the output. A weak channel
-    makes every other ratio large, which costs nothing: the input's scale takes a common factor back. What costs is a tight
-    `truncate`, because where most entries are cut to one number, nothing is equalized any more.
+    `kinds` are the layers that have it; None: convolutions, and linear layers as well where they hold most of the weights.
+    `strength` is that of convolutions, `linear_strength` of linear layers; "layer" (ours) takes, layer by layer, the one that
+    predicts the least rounding noise in the output. A weak channel makes every other ratio large, which costs nothing: the
+    input's scale takes a common factor back. What costs is a tight `truncate`, because where most entries are cut to one number,
+    nothing is equalized any more.
     """
 
     percentile: Fraction = 0.0
     truncate: Annotated[float, Field(ge=1)] = 1e4
-    strength: Fraction | Literal["layer"] = 0.5
-    kinds: tuple[Literal["conv", "linear"], ...] = ("conv",)
+    strength: Strength = 0.5
+    linear_strength: Strength = "layer"
+    kinds: tuple[Literal["conv", "linear"], ...] | None = None
 
 
 class Daq(Spec):

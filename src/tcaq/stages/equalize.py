@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from tcaq.records import Record
 from tcaq.spec.recipe import Tcr
 from tcaq.stages.observe import channel_ends, channel_maxima, channel_squares
 
+Kind = Literal["conv", "linear"]
 STRENGTHS = tuple(step / 8 for step in range(9))
 """Tried for each layer where the recipe leaves the strength to it; the weaker of two equal ones stays."""
 
@@ -25,19 +27,34 @@ def equalize(denoiser: nn.Module, ranges: Record, spec: Tcr, without: nn.Module 
     Args: without: a layer that gets none.
     """
     vectors = {}
+    kinds = prevailing_kinds(denoiser) if spec.kinds is None else spec.kinds
     for name, layer in quantized_layers(denoiser):
         if not isinstance(layer, QuantizedWeight) or layer is without:
             continue
-        kind = "conv" if isinstance(layer, QuantizedConv2d) else "linear"
         # a grouped convolution shares no input channel between groups, so one vector over all inputs does not fit its weight
-        if kind in spec.kinds and layer.groups == 1:
+        if kind_of(layer) in kinds and layer.groups == 1:
             vectors[name] = chosen_vector(name, layer, ranges, spec)
     return Record(vectors)
 
 
+def kind_of(layer: QuantizedWeight) -> Kind:
+    """As recipes name it."""
+    return "conv" if isinstance(layer, QuantizedConv2d) else "linear"
+
+
+def prevailing_kinds(denoiser: nn.Module) -> tuple[Kind, ...]:
+    """Convolutions; linear layers as well where they hold most of the weights, as in transformers."""
+    held = {"conv": 0, "linear": 0}
+    for _, layer in quantized_layers(denoiser):
+        if isinstance(layer, QuantizedWeight):
+            held[kind_of(layer)] += layer.float_weight().numel()
+    return ("conv", "linear") if held["linear"] > held["conv"] else ("conv",)
+
+
 def chosen_vector(name: str, layer: QuantizedWeight, ranges: Record, spec: Tcr) -> Tensor:
     """r of one layer, float32 [in channels]."""
-    strengths = STRENGTHS if spec.strength == "layer" else (spec.strength,)
+    asked = spec.strength if kind_of(layer) == "conv" else spec.linear_strength
+    strengths = STRENGTHS if asked == "layer" else (asked,)
     maxima = channel_maxima(ranges, name)
     vectors = (
         tcr_vector(maxima, percentile=spec.percentile, truncate=spec.truncate, strength=strength)
