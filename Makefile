@@ -28,6 +28,8 @@ lint: venv
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
+PARTS := --model benchmarks/models/garments-dit --guidance 1.5 --num 500 --steps 20 --output build/parts
+
 # A day on two cores; it can be stopped and goes on.
 bench: venv
 	$(BIN)/python benchmarks/quality.py
@@ -35,6 +37,8 @@ bench: venv
 	$(BIN)/tcaq compare benchmarks/models/garments-dit --guidance 1.5 --recipes minmax,qdiffusion,tcaq --bits w4a4,w8a8 --preset quick --num 500 --steps 20 --output build/second
 	cp build/second/compare.json benchmarks/results/second.json
 	cp build/second/samples-w4a4.png docs/images/second-w4a4.png
+	$(BIN)/python benchmarks/quality.py $(PARTS) --preset quick --results benchmarks/results/parts.json --only tcaq-w4a4 no-tcr-w4a4 none-w4a4
+	$(BIN)/python benchmarks/spread.py $(PARTS) --results benchmarks/results/parts-spread.json --only tcaq-w4a4 no-tcr-w4a4 none-w4a4
 	$(BIN)/python benchmarks/page.py
 
 clean:

@@ -23,6 +23,7 @@ from tcaq.recipes.job import check_reached
 from tcaq.spec.recipe import RangeSearch
 from tcaq.spec.steps import StepGroups
 from tcaq.stages.draw import draw_parts
+from tcaq.stages.equalize import prevailing_kinds
 from tcaq.stages.observe import observe
 from tcaq.stages.scale import apply_input_scales, apply_weight_scales, scale_inputs, scale_weights
 
@@ -259,3 +260,8 @@ def test_a_layer_that_never_runs_is_named():
         units = execution_order(unet, lambda: unet(torch.randn(1, 4, 8, 8), 5, torch.randn(1, 3, 16)))
     with pytest.raises(ModelError, match="never runs spare"):
         check_reached(unet, units)
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart", "sd35", "flux"])
+def test_transformers_have_their_linear_layers_equalized(name):
+    assert prevailing_kinds(inserted(name)[0]) == ("conv", "linear")
