@@ -41,13 +41,14 @@ def predicted_noise(
     Args: weight: float [out, channels, ...]; vector: r, float [channels]; low, high, squares: ends of each channel's values and
         their mean square at each step, float [steps, channels].
     """
-    r, w = vector.double(), weight.double().reshape(*weight.shape[:2], -1)
+    # single precision: weights of large layers are gigabytes in double
+    r, w = vector.float(), weight.float().reshape(*weight.shape[:2], -1)
+    reach = (high.float() / r).amax(dim=1).clamp(min=0) - (low.float() / r).amin(dim=1).clamp(max=0)
     scaled = w * r[:, None]
-    reach = (high.double() / r).amax(dim=1).clamp(min=0) - (low.double() / r).amin(dim=1).clamp(max=0)
     weight_reach = scaled.amax(dim=(1, 2)).clamp(min=0) - scaled.amin(dim=(1, 2)).clamp(max=0)
     input_worth = reach[:, None] * r / (2**input_bits - 1)
     weight_worth = weight_reach[:, None] / r / (2**weight_bits - 1)
     power = w.square().sum(dim=2)
-    input_error = (input_worth.square() / 12).minimum(squares.double()).mean(dim=0)
+    input_error = (input_worth.square() / 12).minimum(squares).mean(dim=0)
     weight_error = (weight_worth.square() / 12 * w.shape[2]).minimum(power)
-    return float((input_error * power).sum() + (weight_error * squares.double().mean(dim=0)).sum())
+    return float((input_error * power).sum() + (weight_error * squares.mean(dim=0)).sum())

@@ -53,14 +53,11 @@ def prevailing_kinds(denoiser: nn.Module) -> tuple[Kind, ...]:
 
 def chosen_vector(name: str, layer: QuantizedWeight, ranges: Record, spec: Tcr) -> Tensor:
     """r of one layer, float32 [in channels]."""
+    vector = partial(tcr_vector, channel_maxima(ranges, name), percentile=spec.percentile, truncate=spec.truncate)
     asked = spec.strength if kind_of(layer) == "conv" else spec.linear_strength
-    strengths = STRENGTHS if asked == "layer" else (asked,)
-    maxima = channel_maxima(ranges, name)
-    vectors = (
-        tcr_vector(maxima, percentile=spec.percentile, truncate=spec.truncate, strength=strength)
-        for strength in strengths
-    )
-    return min(vectors, key=partial(layer_noise, name, layer, ranges))
+    if asked != "layer":
+        return vector(strength=asked)
+    return min((vector(strength=tried) for tried in STRENGTHS), key=partial(layer_noise, name, layer, ranges))
 
 
 @torch.no_grad()
