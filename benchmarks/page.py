@@ -15,6 +15,7 @@ from typing import Any
 
 from growth import TITLES, draw, ratios
 
+from tcaq.recipes.presets import PRESETS
 from tcaq.recipes.registry import RECIPES
 from tcaq.records import read_json
 from tcaq.report.comparison import markdown
@@ -86,7 +87,17 @@ def quality(results: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:
     ]
     for bits in ("w6a6", "w4a4"):
         lines += ablation(f"What each part adds at {bits.upper()}", bits, done, spread)
-    return lines
+    return [*lines, *longer(done, spread)]
+
+
+def longer(done: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:
+    """More iterations for each unit than the preset has; empty if none was run."""
+    cells = {"tcaq-w4a4": f"{PRESETS['full']['reconstruction']['iterations']}, the preset's"}
+    cells |= {name: name.split("-")[1] for name in sorted(done, key=len) if name.startswith("iterations-")}
+    rows = [row(text, done[name], spread.get(name, {})) for name, text in cells.items() if name in done]
+    return (
+        ["### More iterations for each unit, W4A4", "", HEAD.format("iterations"), *rows, ""] if len(rows) > 1 else []
+    )
 
 
 def glance(done: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ from tcaq.stages.reconstruct import (
     annealed,
     apply_unit,
     initial_distances,
+    quantized_outputs,
     rows_of,
     unit_state,
 )
@@ -140,11 +141,31 @@ def test_every_step_group_starts_from_a_loss_of_one_when_steps_are_balanced(read
         with torch.no_grad():
             (output,) = rows_of(teaching.inputs, one)(unit.module)
         errors.append((output - teaching.targets[0][one]).square().sum(1).mean())
-    relative = torch.stack(errors) / divisors
+    relative = torch.stack(errors) / divisors[:, 0]
     assert float(relative.mean()) == pytest.approx(1.0, rel=1e-4)
     means = [float(relative[teaching.timesteps == t].mean()) for t in teaching.timesteps.unique()]
     assert len(means) == 4
     assert (means == pytest.approx([1.0] * 4, rel=1e-4)) is (balance == "steps")
+
+
+def test_every_band_of_every_step_group_starts_from_a_loss_of_one(ready):
+    unit = next(u for u in ready.units if u.name == "up_blocks.1.resnets.0")
+    with make(ready, balance="bands") as reconstructor:
+        lessons = reconstructor._lessons(unit)
+        (teaching,), spec = lessons.parts, reconstructor.how.spec
+        (divisors,) = initial_distances(unit, lessons, clock_of(ready.unet), spec)
+        found = [
+            teaching.distance(outputs, rows, spec.power, bands=True) / divisors[rows]
+            for outputs, _, rows in quantized_outputs(unit, lessons, clock_of(ready.unet), spec.batch)
+        ]
+        fitted = reconstructor.fit(unit.name)
+    relative = torch.cat(found)
+    for t in teaching.timesteps.unique():
+        assert relative[teaching.timesteps == t].mean(dim=0).tolist() == pytest.approx(
+            [1.0] * relative.shape[1], rel=1e-4
+        )
+    assert relative.shape[1] > 1
+    assert fitted.meta["loss_after"] < fitted.meta["loss_before"]
 
 
 def test_the_whole_denoiser_is_a_unit_too(ready):

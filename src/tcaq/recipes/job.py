@@ -287,10 +287,10 @@ class Job:
         if not strengths:
             return
         correction = next(record for _, record in self.run.results("correct"))
-        errors = [mean_square(plain, float_images)]
+        errors = [typical_error(plain, float_images)]
         for number, strength in enumerate(strengths):
             apply_correction(self.denoiser, correction, strength)
-            errors.append(mean_square(self.collect(round_ + number).images, float_images))
+            errors.append(typical_error(self.collect(round_ + number).images, float_images))
         tried = [0.0, *strengths]
         best = tried[errors.index(min(errors))]
         self.run.step(
@@ -325,6 +325,10 @@ def check_reached(denoiser: nn.Module, units: list[Unit]) -> None:
         )
 
 
-def mean_square(images: Tensor, others: Tensor) -> float:
-    """Mean squared difference of two sets of images, uint8, in gray levels squared."""
-    return float((images.double() - others.double()).square().mean())
+def typical_error(images: Tensor, others: Tensor) -> float:
+    """Mean squared difference of two images of a set, uint8, in gray levels squared: the geometric mean over the set.
+
+    A few images that became pictures of something else would decide a plain mean; what befalls them is chance.
+    """
+    squares = (images.double() - others.double()).square().flatten(1).mean(dim=1)
+    return float(squares.clamp(min=1e-6).log().mean().exp())

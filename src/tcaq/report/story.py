@@ -83,8 +83,8 @@ class NoiseFit:
     """What quantization added to predicted noise, and how much of that the denoiser takes out.
 
     timesteps: the calibration steps, descending; slope, bias: at each, bias as the root mean square over channels; trials: the
-        strengths that were tried, each with the root mean square error of its calibration images in gray levels, none if nothing
-        was compared; kept: the strength that stays.
+        strengths that were tried, each with the root mean square error of its calibration images in gray levels (the geometric
+        mean over images), none if nothing was compared; kept: the strength that stays.
     """
 
     timesteps: Sequence[float]

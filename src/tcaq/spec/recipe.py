@@ -19,6 +19,7 @@ LinearInputs = Literal["static", "token"]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Strength = Fraction | Literal["layer"]
+Balance = Literal["all", "steps", "bands"]
 
 
 class Calibration(Spec):
@@ -103,7 +104,8 @@ class Reconstruction(Spec):
     number means the same pull for every unit, whatever the size of its output. A rate of 0 leaves that part as it is:
     `scale_rate` is that of the inputs' step sizes, `weight_rate` of the weights', wherever roundings are not learned as well;
     `bias_rate` corrects the biases, in what one code of a layer's input is worth in its output. `balance` "steps" divides the loss
-    by the one each step group starts from, "all" by their mean, under which the steps with the largest errors decide alone.
+    by the one each step group starts from, "all" by their mean, under which the steps with the largest errors decide alone; "bands"
+    divides that of each band of spatial frequencies in each step group, so that fine noise does not hide errors of whole pictures.
     """
 
     iterations: Positive = 1000
@@ -115,7 +117,7 @@ class Reconstruction(Spec):
     weight_rate: Annotated[float, Field(ge=0)] = 0.0
     bias_rate: Annotated[float, Field(ge=0)] = 0.0
     power: Annotated[float, Field(gt=0)] = 2.0
-    balance: Literal["all", "steps"] = "steps"
+    balance: Balance = "steps"
     penalty: Annotated[float, Field(ge=0)] = 1.0
     warmup: Fraction = 0.2
     drop: Fraction = 0.5
@@ -133,7 +135,7 @@ class NetworkFit(Spec):
     scale_rate: Annotated[float, Field(ge=0)] = 3e-3
     weight_rate: Annotated[float, Field(ge=0)] = 0.0
     bias_rate: Annotated[float, Field(ge=0)] = 1e-2
-    balance: Literal["all", "steps"] = "steps"
+    balance: Balance = "bands"
 
     def reconstruction(self) -> Reconstruction:
         """The same as options of a unit's fit that decides no rounding and mixes no float inputs in: there are none."""

@@ -129,23 +129,28 @@ def quantized_outputs(
         teaching = lessons.parts[number]
         clock.set(teaching.timesteps[rows])
         with torch.no_grad():
-            yield rows_of(teaching.inputs, rows)(unit.module), number, rows
+            outputs = rows_of(teaching.inputs, rows)(unit.module)
+        yield outputs, number, rows
 
 
 def initial_distances(unit: Unit, lessons: Lessons, clock: StepClock, spec: Reconstruction) -> tuple[Tensor, ...]:
     """What each input's loss is divided by: the mean before learning over all inputs (`balance` "all") or those of its step group.
 
-    Returns: float [inputs] for each part; never zero.
+    Returns: float [inputs, 1], or [inputs, bands] for `balance` "bands", for each part; never zero.
     """
+    bands = spec.balance == "bands"
     outputs = quantized_outputs(unit, lessons, clock, spec.batch)
-    found = torch.cat([lessons.parts[number].distance(parts, rows, spec.power) for parts, number, rows in outputs])
+    found = torch.cat(
+        [lessons.parts[number].distance(parts, rows, spec.power, bands=bands) for parts, number, rows in outputs]
+    )
     lengths = [len(part) for part in lessons.parts]
     if spec.balance == "all":
-        return tuple(found.mean().clamp(min=1e-20).expand(len(found)).split(lengths))
+        return tuple(found.mean().clamp(min=1e-20).expand(len(found), 1).split(lengths))
     clock.set(lessons.timesteps)
     group = clock.group
-    totals = found.new_zeros(clock.count).index_add(0, group, found)
-    means: Tensor = (totals / torch.bincount(group, minlength=clock.count).clamp(min=1))[group].clamp(min=1e-20)
+    totals = found.new_zeros(clock.count, found.shape[1]).index_add(0, group, found)
+    counts = torch.bincount(group, minlength=clock.count).clamp(min=1)
+    means: Tensor = (totals / counts[:, None])[group].clamp(min=1e-20)
     return tuple(means.split(lengths))
 
 
@@ -197,7 +202,7 @@ def learn(
         inputs = rows_of(teaching.inputs, rows).zip(
             rows_of(teaching.float_inputs, rows), lambda q, f: mixed(q, f, spec.drop, generator)
         )
-        error = teaching.distance(inputs(unit.module), rows, spec.power)
+        error = teaching.distance(inputs(unit.module), rows, spec.power, bands=spec.balance == "bands")
         loss = (error / initial[number][rows]).mean()
         beta = annealed(iteration, iterations, warmup)
         if weights and beta is not None:

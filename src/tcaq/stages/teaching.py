@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tcaq.stages.call import Call
 
@@ -26,12 +26,13 @@ class Teaching:
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    def distance(self, outputs: list[Tensor], rows: Tensor, power: float) -> Tensor:
-        """Each sample's error over all outputs, float [rows]."""
-        parts = [distance(output, target[rows], power) for output, target in zip(outputs, self.targets, strict=True)]
+    def distance(self, outputs: list[Tensor], rows: Tensor, power: float, *, bands: bool = False) -> Tensor:
+        """Each sample's error over all outputs, float [rows, 1], or [rows, bands] by spatial frequency."""
+        apart = by_band if bands else at_once
+        parts = [apart(output - target[rows], power) for output, target in zip(outputs, self.targets, strict=True)]
         if len(parts) == 1:
             return parts[0]
-        sizes = [distance(target, torch.zeros_like(target), power).mean().clamp(min=1e-20) for target in self.targets]
+        sizes = [apart(target, power).mean(dim=0).clamp(min=1e-20) for target in self.targets]
         return torch.stack([part / size for part, size in zip(parts, sizes, strict=True)]).sum(dim=0)
 
 
@@ -68,7 +69,25 @@ def choose(lengths: list[int], generator: torch.Generator) -> int:
     return int(torch.multinomial(torch.tensor(lengths, dtype=torch.float64), 1, generator=generator))
 
 
-def distance(output: Tensor, target: Tensor, power: float) -> Tensor:
-    """Each sample's p-norm of the error, to the power p: summed over channels, mean over positions; float [batch]."""
-    error = (output - target).abs().pow(power).sum(dim=1)
-    return error.reshape(len(error), -1).mean(dim=1)
+def at_once(error: Tensor, power: float) -> Tensor:
+    """Each sample's p-norm of the error, to the power p: summed over channels, mean over positions; float [batch, 1]."""
+    return error.abs().pow(power).sum(dim=1).reshape(len(error), -1).mean(dim=1, keepdim=True)
+
+
+def by_band(error: Tensor, power: float) -> Tensor:
+    """The same for each band of spatial frequencies, from the finest to the mean over all positions; float [batch, bands].
+
+    A band is what an average over squares of 2 x 2 takes away, again and again. What is no picture has one band, all of it.
+
+    Args: error: float [batch, channels, height, width] for a picture.
+    """
+    if error.dim() != 4:
+        return at_once(error, power)
+    found = []
+    while max(size := error.shape[2:]) > 1:
+        halves = [min(2, side) for side in size]
+        coarse = nn.functional.avg_pool2d(error, halves, ceil_mode=True)
+        spread = coarse.repeat_interleave(halves[0], dim=2).repeat_interleave(halves[1], dim=3)
+        found.append(at_once(error - spread[..., : size[0], : size[1]], power))
+        error = coarse
+    return torch.cat([*found, at_once(error, power)], dim=1)
