@@ -80,7 +80,8 @@ def quality(results: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:
         "another calibration seed would change is not in it); `FD to float` is the distance between both models' images. PSNR "
         "and SSIM compare images of the same seed. Several processes ran beside each other, a thread each, so that the minutes "
         "are not those of a machine with nothing else to do; those are [below](#what-the-presets-cost) once measured. `vectors`: "
-        "the instructions that the processor had, whose sums differ in order.",
+        "the instructions that the processor had, whose sums differ in order. Cells of `tcaq` and its parts were made before its "
+        "last fit weighed errors by band ([what that does](lab/fifth-trials.md)): under `network.balance` `steps`.",
         "",
         *glance(done, spread),
         *(line for bits in WIDTHS for line in width_table(bits, done, spread)),
