@@ -264,7 +264,7 @@ def second(results: Mapping[str, Any], parts: Mapping[str, Any] | None, spread: 
         f"`tcaq compare {how['model']} --guidance {how['conditions']['guidance']} --preset {how['preset']} --num {how['images']} "
         f"--steps {how['steps']}` (`make bench` has the whole command): a class-conditional latent diffusion transformer that was "
         "trained on the same data ([reference-model.md](reference-model.md)), layers quantized alike by all recipes. Processes ran "
-        "beside each other, one thread each."
+        "beside each other, one thread each. `tcaq` is here, too, as it was before errors were weighed by band."
     )
     picture = "![float and quantized samples of the same seeds and labels](images/second-w4a4.png)"
     lines = ["## The second model, a latent DiT", "", text, "", *markdown(results).splitlines(), "", picture, ""]
