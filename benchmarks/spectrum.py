@@ -58,10 +58,12 @@ def sensitivity(pipe: DDIMPipeline, trajectories: Trajectories) -> None:
         print(f"t {int(trajectories.timesteps[step]):4d}  " + "  ".join(f"{gain:8.3f}" for gain in gains), flush=True)
 
 
-def spectra(folder: Path, float_: Tensor, trajectories: Trajectories) -> None:
+def spectra(folder: Path, alphas: Tensor, float_: Tensor, trajectories: Trajectories) -> None:
     """A row for every third step: power of a quantized model's errors in each band, of the part that all images share, and how the
-    error follows the image: slope on the float model's idea of the image, as a change of its contrast."""
-    alphas = load_pipeline().scheduler.alphas_cumprod
+    error follows the image: slope on the float model's idea of the image, as a change of its contrast.
+
+    Args: alphas: the scheduler's cumulative products, by timestep; float_: the float model's predictions on the trajectories.
+    """
     error = predict(tcaq.load(folder).unet, trajectories) - float_
     for step in range(0, len(error), 3):
         a = alphas[int(trajectories.timesteps[step])]
@@ -89,10 +91,11 @@ def main() -> None:
     pipe.scheduler.set_timesteps(args.steps)
     if not args.folders:
         sensitivity(pipe, trajectories)
+        return
     float_ = predict(pipe.unet, trajectories)
     for folder in args.folders:
         print(folder)
-        spectra(folder, float_, trajectories)
+        spectra(folder, pipe.scheduler.alphas_cumprod, float_, trajectories)
 
 
 if __name__ == "__main__":

@@ -326,7 +326,7 @@ def check_reached(denoiser: nn.Module, units: list[Unit]) -> None:
 
 
 def typical_error(images: Tensor, others: Tensor) -> float:
-    """Mean squared difference of two images of a set, uint8, in gray levels squared: the geometric mean over the set.
+    """Mean squared difference of an image to its counterpart, uint8, in gray levels squared: the geometric mean over the set.
 
     A few images that became pictures of something else would decide a plain mean; what befalls them is chance.
     """
