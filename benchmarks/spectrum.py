@@ -19,6 +19,7 @@ from torch import Tensor
 import tcaq
 from tcaq.evaluate.sampling import trace
 from tcaq.models.trajectories import Trajectories, predict
+from tcaq.numerics.bands import bands
 from tcaq.reference import load_pipeline
 from tcaq.stages.teaching import by_band
 
@@ -28,11 +29,7 @@ SIZE = 0.005
 
 def only_band(error: Tensor, band: int) -> Tensor:
     """One band of a picture, 0 the finest, scaled to a root mean square of SIZE."""
-    coarse = torch.nn.functional.avg_pool2d(error, 2**band)
-    fine = torch.nn.functional.interpolate(coarse, size=error.shape[2:])
-    if coarse.shape[-1] > 1:
-        coarser = torch.nn.functional.avg_pool2d(error, 2 ** (band + 1))
-        fine = fine - torch.nn.functional.interpolate(coarser, size=error.shape[2:])
+    fine = torch.nn.functional.interpolate(bands(error)[band], size=error.shape[2:])
     return fine * SIZE / fine.square().mean().sqrt()
 
 

@@ -155,7 +155,7 @@ def test_every_band_of_every_step_group_starts_from_a_loss_of_one(ready):
         (teaching,), spec = lessons.parts, reconstructor.how.spec
         (divisors,) = initial_distances(unit, lessons, clock_of(ready.unet), spec)
         found = [
-            teaching.distance(outputs, rows, spec.power, bands=True) / divisors[rows]
+            teaching.distance(outputs, rows, spec.power, in_bands=True) / divisors[rows]
             for outputs, _, rows in quantized_outputs(unit, lessons, clock_of(ready.unet), spec.batch)
         ]
         fitted = reconstructor.fit(unit.name)

@@ -141,7 +141,7 @@ def initial_distances(unit: Unit, lessons: Lessons, clock: StepClock, spec: Reco
     bands = spec.balance == "bands"
     outputs = quantized_outputs(unit, lessons, clock, spec.batch)
     found = torch.cat(
-        [lessons.parts[number].distance(parts, rows, spec.power, bands=bands) for parts, number, rows in outputs]
+        [lessons.parts[number].distance(parts, rows, spec.power, in_bands=bands) for parts, number, rows in outputs]
     )
     lengths = [len(part) for part in lessons.parts]
     if spec.balance == "all":
@@ -202,7 +202,7 @@ def learn(
         inputs = rows_of(teaching.inputs, rows).zip(
             rows_of(teaching.float_inputs, rows), lambda q, f: mixed(q, f, spec.drop, generator)
         )
-        error = teaching.distance(inputs(unit.module), rows, spec.power, bands=spec.balance == "bands")
+        error = teaching.distance(inputs(unit.module), rows, spec.power, in_bands=spec.balance == "bands")
         loss = (error / initial[number][rows]).mean()
         beta = annealed(iteration, iterations, warmup)
         if weights and beta is not None:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from tcaq.numerics.bands import bands
 from tcaq.stages.call import Call
 
 
@@ -26,9 +27,9 @@ class Teaching:
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    def distance(self, outputs: list[Tensor], rows: Tensor, power: float, *, bands: bool = False) -> Tensor:
+    def distance(self, outputs: list[Tensor], rows: Tensor, power: float, *, in_bands: bool = False) -> Tensor:
         """Each sample's error over all outputs, float [rows, 1], or [rows, bands] by spatial frequency."""
-        apart = by_band if bands else at_once
+        apart = by_band if in_bands else at_once
         parts = [apart(output - target[rows], power) for output, target in zip(outputs, self.targets, strict=True)]
         if len(parts) == 1:
             return parts[0]
@@ -77,17 +78,10 @@ def at_once(error: Tensor, power: float) -> Tensor:
 def by_band(error: Tensor, power: float) -> Tensor:
     """The same for each band of spatial frequencies, from the finest to the mean over all positions; float [batch, bands].
 
-    A band is what an average over squares of 2 x 2 takes away, again and again. What is no picture has one band, all of it.
+    What is no picture has one band, all of it.
 
     Args: error: float [batch, channels, height, width] for a picture.
     """
     if error.dim() != 4:
         return at_once(error, power)
-    found = []
-    while max(size := error.shape[2:]) > 1:
-        halves = [min(2, side) for side in size]
-        coarse = nn.functional.avg_pool2d(error, halves, ceil_mode=True)
-        spread = coarse.repeat_interleave(halves[0], dim=2).repeat_interleave(halves[1], dim=3)
-        found.append(at_once(error - spread[..., : size[0], : size[1]], power))
-        error = coarse
-    return torch.cat([*found, at_once(error, power)], dim=1)
+    return torch.cat([at_once(band, power) for band in bands(error)], dim=1)
