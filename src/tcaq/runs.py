@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -82,8 +83,8 @@ class Run:
         _check_ours(folder)
         lock = _acquire(folder)
         try:
-            for leftover in folder.rglob(f".*{TEMPORARY}"):  # of a process that was killed
-                leftover.unlink()
+            for leftover in list(folder.rglob(f".*{TEMPORARY}")):  # of a process that was killed
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             if (folder / "run.json").exists():
                 _check_same(folder, _read_identity(folder), wanted)
             else:

@@ -36,7 +36,7 @@ def _made(name: str, bits: int, dtype: torch.dtype, options: tuple[str, ...]) ->
     groups = StepGroups.of("per-step", trajectories.timesteps.tolist())
     plan = resolve(denoiser, default_plan(denoiser, bits, bits, **dict.fromkeys(options, True)))
     insert(denoiser, plan, attach_clock(denoiser, groups))
-    ranges = observe(denoiser, trajectories, SEARCH.values, 0)
+    ranges = observe(denoiser, trajectories, SEARCH.values, 32, 0)
     apply_weight_scales(denoiser, scale_weights(denoiser, ranges, SEARCH))
     apply_input_scales(denoiser, scale_inputs(denoiser, ranges, SEARCH))
     apply_choices(denoiser, select(denoiser, ranges, Daq(), SEARCH))

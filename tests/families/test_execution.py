@@ -45,7 +45,7 @@ def inserted(name, dtype=torch.float32, bits=8, steps=2, **options):
 
 
 def calibrate(denoiser, trajectories):
-    ranges = observe(denoiser, trajectories, SEARCH.values, 0)
+    ranges = observe(denoiser, trajectories, SEARCH.values, 32, 0)
     apply_weight_scales(denoiser, scale_weights(denoiser, ranges, SEARCH))
     apply_input_scales(denoiser, scale_inputs(denoiser, ranges, SEARCH))
 
@@ -128,7 +128,7 @@ def test_mixed_timesteps_of_a_batch_have_each_their_group(name):
 @EVERY
 def test_a_grid_for_each_token_needs_no_step_groups(name):
     denoiser, trajectories, expected = inserted(name, tokens=True)
-    ranges = observe(denoiser, trajectories, SEARCH.values, 0)
+    ranges = observe(denoiser, trajectories, SEARCH.values, 32, 0)
     apply_weight_scales(denoiser, scale_weights(denoiser, ranges, SEARCH))
     written = scale_inputs(denoiser, ranges, SEARCH)
     apply_input_scales(denoiser, written)

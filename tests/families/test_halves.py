@@ -38,7 +38,7 @@ def build():
     trajectories = Trajectories.recorded(calls)
     groups = StepGroups.of("per-step", trajectories.timesteps.tolist())
     insert(unet, resolve(unet, default_plan(unet, 4, 4)), attach_clock(unet, groups))
-    ranges = observe(unet, trajectories, SEARCH.values, 0)
+    ranges = observe(unet, trajectories, SEARCH.values, 32, 0)
     apply_weight_scales(unet, scale_weights(unet, ranges, SEARCH))
     apply_input_scales(unet, scale_inputs(unet, ranges, SEARCH))
     with torch.no_grad():

@@ -121,7 +121,7 @@ def test_the_card_tells_of_pictures_and_not_of_folders(folder, conditions):
 def test_what_encodes_pictures_is_part_of_a_run_and_their_folder_is_not(folder, conditions):
     def who(pipe, asked):
         recipe = with_conditions(pipe, preset_recipe("tcaq", "fast", calibration={"conditions": asked.model_dump()}))
-        return identity(pipe, recipe, ResolvedPlan(layers=()), judged=False)
+        return identity(pipe, recipe, ResolvedPlan(layers=()), None)
 
     pipe, other = inpainting(), inpainting()
     torch.nn.init.zeros_(other.vae.encoder.conv_in.weight)

@@ -12,6 +12,16 @@ from tcaq.quantizers.clock import StepClock
 from tcaq.spec.steps import StepGroups
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 4, 4), (2, 16, 5)], ids=["image", "tokens"])
+def test_channels_beside_the_noise_are_left_alone(shape):
+    correction = NoiseCorrection(StepClock(StepGroups()), 3)
+    correction.set_rows(torch.tensor([0.5]), torch.ones(1, 3))
+    prediction = torch.randn(shape)
+    before, after = (channels_second(eps) for eps in (prediction, correction(prediction)))
+    torch.testing.assert_close(after[:, :3], (before[:, :3] - 1) / 1.5)
+    assert torch.equal(after[:, 3:], before[:, 3:])
+
+
 @pytest.mark.parametrize("shape", [(4, 3, 6, 5), (4, 30, 3)], ids=["image", "tokens"])
 def test_a_planted_slope_and_bias_are_found_and_removed(shape):
     generator = torch.Generator().manual_seed(0)

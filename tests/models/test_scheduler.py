@@ -53,6 +53,24 @@ def test_with_noise_the_step_has_the_variance_that_was_intended(kind, variance_t
         assert float(step(plain, hat, t, x, 2).var()) > 1.01 * float(intended.var())  # what is avoided
 
 
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+@pytest.mark.parametrize("kind", [DDIMScheduler, DDPMScheduler])
+def test_noise_in_other_predictions_counts_as_the_noise_that_it_stands_for(kind, prediction):
+    """The variance that a step has when its prediction is disturbed is the one that was intended."""
+    noise, generator = 1e-3, torch.Generator().manual_seed(5)
+    plain = made(kind, prediction_type=prediction)
+    aware = made(kind, noise, prediction_type=prediction)
+    x, e = torch.full((COUNT, 1, 1, 1), 0.3), torch.full((COUNT, 1, 1, 1), 0.2)
+    t = plain.timesteps[12]
+    hat = e + noise**0.5 * torch.randn(e.shape, generator=generator)
+    share = aware.alphas_cumprod[int(t)]
+    assert float(aware.brought(t)) == pytest.approx(
+        noise * float(share if prediction[0] == "v" else share / (1 - share))
+    )
+    intended, found = step(plain, e, t, x, 1), step(aware, hat, t, x, 2)
+    assert float(found.var()) == pytest.approx(float(intended.var()), rel=0.01)
+
+
 def test_ddim_without_eta_adds_nothing_either_way():
     x, eps = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8)
     plain, aware = made(DDIMScheduler), made(DDIMScheduler, 0.5)

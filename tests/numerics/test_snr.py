@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from tcaq.numerics.snr import as_noise, forward_snr, narrowest, noise_snr
+from tcaq.numerics.snr import as_noise, forward_snr, narrowest, noise_snr, variance_of_noise
 
 
 def test_the_forward_process_has_its_ratio_in_closed_form() -> None:
@@ -43,6 +43,15 @@ def test_every_kind_of_prediction_gives_the_noise_that_was_added(kind: str) -> N
     prediction = {"epsilon": noise, "sample": image, "v_prediction": scheduler.get_velocity(image, noise, t)}[kind]
     found = as_noise(prediction, x, scheduler.alphas_cumprod[t].double(), kind)  # type: ignore[arg-type]
     torch.testing.assert_close(found, noise, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_variance_of_noise_is_that_of_predictions_turned_into_noise(kind: str) -> None:
+    generator, share = torch.Generator().manual_seed(0), torch.tensor([0.02, 0.5, 0.98], dtype=torch.float64)
+    prediction = torch.randn(3, 200_000, generator=generator, dtype=torch.float64)
+    found = as_noise(prediction, torch.full_like(prediction, 0.3), share, kind)  # type: ignore[arg-type]
+    expected = variance_of_noise(share, kind)  # type: ignore[arg-type]
+    torch.testing.assert_close(found.var(dim=1), expected, rtol=0.02, atol=0.0)
 
 
 def test_the_narrowest_width_that_is_enough_equals_a_loop() -> None:

@@ -260,3 +260,57 @@ def test_the_correction_stays_as_far_as_it_helps(done):
     kept = done[0].unet.noise_correction
     torch.testing.assert_close(kept.slope, (1 + correction["slope"]) ** tried["kept"] - 1)
     torch.testing.assert_close(kept.bias, correction["bias"] * tried["kept"])
+
+
+def test_a_folder_with_anything_but_a_run_is_left_alone(tiny_pipeline, tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    before = files(tmp_path / "model")
+    with pytest.raises(
+        UsageError, match=r"model holds model_index.json, scheduler, unet, which a checkpoint would replace"
+    ):
+        quantize(tiny_pipeline(), small(), tmp_path / "model")
+    assert files(tmp_path / "model") == before
+
+
+def test_a_pipeline_whose_quantization_was_interrupted_is_to_be_loaded_anew(tiny_pipeline, tmp_path):
+    def interrupt(stage: str, *_: object) -> None:
+        if stage == "scale/inputs":
+            raise KeyboardInterrupt
+
+    pipe, recipe = tiny_pipeline(), small("minmax", calibration={"images": 2, "steps": 2})
+    with pytest.raises(KeyboardInterrupt):
+        quantize(pipe, recipe, tmp_path / "out", on_progress=interrupt)
+    with pytest.raises(PlanError, match=r"load the original model anew; the run in .* goes on"):
+        quantize(pipe, recipe, tmp_path / "out")
+    assert Run.read(tmp_path / "out" / "run").finished()
+    quantize(tiny_pipeline(), recipe, tmp_path / "out")
+
+
+def test_a_run_is_of_one_judge(tiny_pipeline, tmp_path):
+    def one(a, b):
+        return 1.0
+
+    def another(a, b):
+        return 2.0
+
+    quantize(tiny_pipeline(), small(), tmp_path / "out", judge=one)
+    with pytest.raises(RunError, match="judge"):
+        quantize(tiny_pipeline(), small(), tmp_path / "out", judge=another)
+
+
+def test_calibration_goes_by_its_batch_throughout(tiny_pipeline):
+    pipe, sizes = tiny_pipeline(), set()
+    pipe.unet.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.add(len(args[0] if args else kwargs["sample"])), with_kwargs=True
+    )
+    fits = {"reconstruction": None, "alignment": None, "network": None}
+    quantize(pipe, small(calibration={"images": 6, "steps": 3, "batch": 2}, **fits))
+    assert max(sizes) == 2
+
+
+def test_a_model_in_training_is_calibrated_as_it_samples(tiny_pipeline):
+    pipe, training = tiny_pipeline(), []
+    pipe.unet.train().register_forward_pre_hook(lambda module, _: training.append(module.training))
+    quantize(pipe, small("minmax", calibration={"images": 2, "steps": 2}))
+    assert training
+    assert not any(training)

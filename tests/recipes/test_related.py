@@ -17,16 +17,23 @@ from tcaq.layers.split import SplitConv2d
 from tcaq.layers.weighted import QuantizedWeight
 from tcaq.models.correction import correction_of
 from tcaq.models.denoiser import clock_of
-from tcaq.models.sampler import predict, record
+from tcaq.models.sampler import Trajectories, predict, record
 from tcaq.models.seeds import image_seeds
 from tcaq.models.time import is_time_layer, time_unit
 from tcaq.models.units import resolve
 from tcaq.numerics.correction import fit_noise
 from tcaq.numerics.shares import skewed_normal
+from tcaq.recipes.job import Job
 from tcaq.recipes.presets import PRESETS, preset_recipe
 from tcaq.recipes.quantize import quantize, resolved_plan
 from tcaq.recipes.registry import RECIPES, Entry, entry
+from tcaq.recipes.start import BLOCKS
 from tcaq.runs import Run
+from tcaq.spec.law import SkewedNormal
+from tcaq.spec.plan import ResolvedPlan
+from tcaq.stages.reconstruct import fit
+from tcaq.stages.weigh import weigh
+from tests.stages.conftest import build, initialise
 
 SMALL = {
     "calibration": {"images": 4, "steps": 6, "batch": 2},
@@ -158,7 +165,7 @@ def test_the_recipe_in_the_documentation_works(tiny_pipeline, tmp_path, monkeypa
     assert len(code.splitlines()) < 80
     module = ModuleType("stepwise")
     exec(compile(code, "stepwise", "exec"), module.__dict__)
-    added = eval("{" + line + "}", {"Entry": Entry, "stepwise": module})
+    added = eval("{" + line + "}", {"Entry": Entry, "BLOCKS": BLOCKS, "stepwise": module})
     monkeypatch.setitem(RECIPES, "stepwise", added["stepwise"])
     quantize(tiny_pipeline(), small("stepwise"), tmp_path / "out")
     assert "reconstruct/0" in Run.read(tmp_path / "out" / "run").finished()
@@ -167,6 +174,51 @@ def test_the_recipe_in_the_documentation_works(tiny_pipeline, tmp_path, monkeypa
 def test_an_unknown_recipe_is_answered_with_those_there_are():
     with pytest.raises(UsageError, match="unknown recipe 'tcak'; known: minmax, mse, ptq4dm"):
         preset_recipe("tcak", "full")
+
+
+@pytest.mark.parametrize(
+    ("program", "options", "said"),
+    [
+        (
+            "minmax",
+            {"reconstruction": {}, "network": {}},
+            "recipe 'minmax' does nothing with `network`, `reconstruction`",
+        ),
+        ("qdiffusion", {"alignment": {"rounds": 3}}, "recipe 'qdiffusion' does nothing with `alignment`"),
+        ("apqdm", {"bypass": {}}, "recipe 'apqdm' does nothing with `bypass`"),
+        ("apqdm", {"step_groups": 4}, "apqdm learns which steps share a row: step_groups is 4, it must be 'per-step'"),
+        ("ptqd", {"correction": {"strengths": [0.5]}}, "ptqd corrects at full strength"),
+    ],
+)
+def test_what_a_recipe_would_leave_out_without_a_word_is_refused(tiny_pipeline, tmp_path, program, options, said):
+    with pytest.raises(UsageError, match=said):
+        quantize(tiny_pipeline(), small(program, **options), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("run/stages/*"))
+
+
+def test_the_time_path_of_a_half_precision_model_is_fitted_in_float32(tiny_pipeline, tmp_path, monkeypatch):
+    seen = set()
+
+    def watched(unit, lessons, *rest):
+        seen.update(target.dtype for part in lessons.parts for target in part.targets)
+        return fit(unit, lessons, *rest)
+
+    monkeypatch.setattr("tcaq.recipes.job.fit", watched)
+    scene = build(tiny_pipeline())
+    initialise(scene)
+    scene.unet.to(torch.bfloat16)
+    with Run.open(tmp_path / "run", {}) as run:
+        Job(scene.pipe, small("tfmqdm"), ResolvedPlan(layers=()), run).reconstruct_time(scene.trajectories.timesteps)
+    assert seen == {torch.float32}
+    assert next(scene.unet.parameters()).dtype == torch.bfloat16
+
+
+def test_ptq4dms_law_is_of_timesteps_not_of_calls(tiny_pipeline):
+    x = torch.randn(6, 2, 1, 16, 16)
+    twice = Trajectories(x, torch.tensor([900, 900, 500, 500, 20, 20]))
+    weights = weigh(tiny_pipeline(), twice, SkewedNormal(mean=0.4, deviation=0.4)).tensors["weights"]
+    expected = skewed_normal(torch.tensor([900, 500, 20]), 999, 0.4, 0.4)
+    torch.testing.assert_close(weights, (expected / 2).repeat_interleave(2))
 
 
 def test_ptqd_takes_out_what_it_measured_and_is_saved(tiny_pipeline, tmp_path):

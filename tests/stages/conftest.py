@@ -45,7 +45,7 @@ def build(pipe: DDIMPipeline, grouping: int | str = "per-step", bits: int = 4) -
     x, t = trajectories.samples[0, :1], trajectories.timesteps[:1]
     with torch.no_grad():
         units = execution_order(unet, lambda: unet(x, t))
-    return Scene(pipe, unet, trajectories, groups, units, observe(unet, trajectories, SEARCH.values, 0))
+    return Scene(pipe, unet, trajectories, groups, units, observe(unet, trajectories, SEARCH.values, 32, 0))
 
 
 def initialise(scene: Scene) -> None:

@@ -22,7 +22,7 @@ SPEC = Bypass(reach=2.0, images=3, share=0.02)
 
 
 def bypassed(scene, gain=1.5, reach=2.0):
-    record = measure_bypass(scene.unet, scene.trajectories, SPEC, 0)
+    record = measure_bypass(scene.unet, scene.trajectories, SPEC, 4, 0)
     record.tensors["gain"].fill_(gain)
     record.tensors["reach"].fill_(reach)
     apply_bypass(scene.unet, record)
@@ -37,7 +37,7 @@ def test_the_gain_of_a_known_denoiser_is_found(scene, monkeypatch):
         return UNet2DOutput(sample=slopes[float(timestep.reshape(-1)[0])] * sample + 3.0)
 
     monkeypatch.setattr(scene.unet, "forward", forward)
-    record = measure_bypass(scene.unet, scene.trajectories, SPEC, 0)
+    record = measure_bypass(scene.unet, scene.trajectories, SPEC, 4, 0)
     expected = [slopes[float(t)] for t in timesteps.sort().values]  # group 0 holds the smallest timestep
     torch.testing.assert_close(record.tensors["gain"], torch.tensor(expected), rtol=1e-4, atol=1e-4)
     samples = scene.trajectories.samples
@@ -48,7 +48,7 @@ def test_the_gain_of_a_known_denoiser_is_found(scene, monkeypatch):
 def test_what_the_images_hold_is_never_cut_off(scene):
     samples = scene.trajectories.samples.clone()
     samples[-1, 0, 0, 3, 3] = 7.5
-    record = measure_bypass(scene.unet, replace(scene.trajectories, samples=samples), SPEC, 0)
+    record = measure_bypass(scene.unet, replace(scene.trajectories, samples=samples), SPEC, 4, 0)
     torch.testing.assert_close(record.tensors["reach"], torch.full((len(samples),), 7.5))
 
 
@@ -162,7 +162,7 @@ def test_a_pixel_far_out_does_not_run_away(tiny_pipeline):
 
 
 def test_an_unknown_first_layer_is_refused(scene, monkeypatch):
-    record = measure_bypass(scene.unet, scene.trajectories, SPEC, 0)
+    record = measure_bypass(scene.unet, scene.trajectories, SPEC, 4, 0)
     monkeypatch.setattr("tcaq.stages.bypass.entrance_of", lambda _: None)
     with pytest.raises(ModelError, match="no quantized first layer"):
         apply_bypass(scene.unet, record)

@@ -51,8 +51,7 @@ def test_observed_ranges_are_those_of_the_inputs(scene):
 
 
 def test_observing_in_chunks_finds_the_same_ranges(scene, monkeypatch):
-    monkeypatch.setattr("tcaq.stages.observe.CHUNK", 3)  # of 4 images
-    parts = observe(scene.unet, scene.trajectories, SEARCH.values, 0)
+    parts = observe(scene.unet, scene.trajectories, SEARCH.values, 3, 0)  # of 4 images
     for name, value in scene.ranges.tensors.items():
         if not name.endswith("|rows"):
             torch.testing.assert_close(parts.tensors[name], value, rtol=1e-4, atol=1e-5)
@@ -63,7 +62,7 @@ def test_observing_names_layer_and_step_of_a_nan(scene):
     with torch.no_grad():
         weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(NumericalError, match=r"mid_block.resnets.0.conv2.*t = 750"):
-        observe(scene.unet, scene.trajectories, 100, 0)
+        observe(scene.unet, scene.trajectories, 100, 32, 0)
 
 
 def test_vectors_come_from_the_observed_maxima(scene):
@@ -144,9 +143,18 @@ def test_selection_follows_the_sign_of_r_and_states_true_errors(scene):
             assert bool(record.tensors[f"{name}|use_log2"][row["group"]]) == row["use_log2"]
             assert 0 <= row["error_even"] < math.inf
             assert 0 <= row["error_log2"] < math.inf
-    name = "mid_block.attentions.0.mix"
-    p = inputs_of(scene, name)[-1].flatten()  # 4 images, 1 head or more, 16 tokens: most of it is drawn
-    assert float(record.tensors[f"{name}|peak"][0]) <= float(p.max()) + 1e-7
+
+
+def test_min_max_covers_every_probability(scene):
+    plain = RangeSearch(values=64, weight_candidates=1, input_candidates=1)
+    record, name = select(scene.unet, scene.ranges, Daq(), plain), "mid_block.attentions.0.mix"
+    for step, p in enumerate(inputs_of(scene, name)):
+        group = len(scene.trajectories.timesteps) - 1 - step
+        largest = float(p.max())
+        assert float(record.tensors[f"{name}|peak"][group]) == pytest.approx(largest, rel=1e-6)
+        assert float(record.tensors[f"{name}|scale"][group]) == pytest.approx(largest / 15, rel=1e-6)
+    sampled = scene.ranges.tensors[f"{name}|left|rows"].flatten(1).amax(1)
+    assert bool((sampled < scene.ranges.tensors[f"{name}|left|high"].flatten()).any())  # a sample alone would miss some
 
 
 def test_selection_by_error_takes_the_smaller_one(scene):

@@ -18,6 +18,8 @@ from tcaq.spec.steps import StepGroups
 from tcaq.stages.group import Mixture, group, uniform_classes
 from tcaq.stages.observe import observe
 from tcaq.stages.scale import apply_input_scales, apply_weight_scales, scale_inputs, scale_weights
+from tcaq.stages.select import probability_quantizers
+from tests.stages.conftest import build
 
 STEPS = 12
 SEARCH = RangeSearch(values=2000, weight_candidates=20, input_candidates=20)
@@ -43,7 +45,7 @@ def scene(sizes: list[float]):
     trajectories = Trajectories(samples, timesteps)
     plan = Plan(rules=(Rule(match="*", weight=AffineGrid(bits=8), input=AffineGrid(bits=4)),))
     insert(toy, resolve(toy, plan), attach_clock(toy, StepGroups.of("per-step", timesteps.tolist())))
-    ranges = observe(toy, trajectories, SEARCH.values, 0)
+    ranges = observe(toy, trajectories, SEARCH.values, 32, 0)
     apply_weight_scales(toy, scale_weights(toy, ranges, SEARCH))
     return toy, trajectories, ranges
 
@@ -89,3 +91,18 @@ def test_a_mixture_is_the_mean_of_the_groups_scales_by_their_shares():
     for sample, scale in zip((0, 1), (0.25 * low + 0.75 * high, 0.5 * low + 0.5 * high), strict=True):
         codes = found[sample] / scale
         torch.testing.assert_close(codes, codes.round(), atol=1e-4, rtol=0)
+
+
+def test_attention_has_grids_of_its_own_while_groups_are_learned(tiny_pipeline):
+    scene = build(tiny_pipeline())
+    apply_weight_scales(scene.unet, scale_weights(scene.unet, scene.ranges, SEARCH))
+    sums: list[torch.Tensor] = []
+    for quantizer in probability_quantizers(scene.unet).values():
+        quantizer.register_forward_hook(
+            lambda _, args, out: sums.append((out.sum(-1) / args[0].sum(-1)).mean().detach())
+        )
+    spec = Grouping(groups=2, iterations=2, inputs=8, batch=4)
+    group(scene.unet, scene.trajectories, scene.ranges, SEARCH, spec, 0)
+    assert sums
+    # over 64 positions a grid from 0 to 1 with 4 bits would round nearly every probability to zero
+    assert all(0.7 < float(found) < 1.3 for found in sums)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tcaq.stages.teaching import at_once, by_band
+from tcaq.stages.call import Call
+from tcaq.stages.teaching import Teaching, at_once, by_band
 
 
 def slow_bands(error):
@@ -51,3 +52,19 @@ def test_what_is_no_picture_has_one_band():
     tokens = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(2))
     assert torch.equal(by_band(tokens, 2.0), at_once(tokens, 2.0))
     assert by_band(tokens, 2.0).shape == (2, 1)
+
+
+def test_two_outputs_count_alike_and_their_sizes_are_taken_once(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    targets = [torch.randn(6, 4, 2, generator=generator), 100 * torch.randn(6, 4, 2, generator=generator)]
+    call = Call.of((targets[0],), {}, 6)
+    teaching, rows = Teaching(call, call, targets, torch.arange(6)), torch.tensor([4, 1])
+    outputs = [target[rows] * 1.1 for target in targets]
+    sizes = [target.double().square().sum(1).mean() for target in targets]
+    expected = sum(
+        (output - target[rows]).double().square().sum(1).mean(1) / size
+        for output, target, size in zip(outputs, targets, sizes, strict=True)
+    )
+    for _ in range(2):
+        torch.testing.assert_close(teaching.distance(outputs, rows, 2.0)[:, 0].double(), expected)
+        monkeypatch.setattr("tcaq.stages.teaching.torch.Tensor.clamp", None)  # what was taken is not taken again

@@ -69,7 +69,7 @@ def scene(request, monkeypatch):
     insert(model, resolve(model, default_plan(model, 4, 4)), attach_clock(model, StepGroups(boundaries=(500.0,))))
     with torch.no_grad():
         units = execution_order(model, lambda: calls[0](model))
-    ranges = observe(model, trajectories, SEARCH.values, 0)
+    ranges = observe(model, trajectories, SEARCH.values, 32, 0)
     apply_weight_scales(model, scale_weights(model, ranges, SEARCH))
     apply_input_scales(model, scale_inputs(model, ranges, SEARCH))
     return model, units, trajectories

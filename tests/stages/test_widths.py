@@ -60,7 +60,7 @@ class Planted:
         self.toy = Toy(self.groups, self.widths)
         noise = torch.randn(len(STEPS), 3, 2, 8, 8, generator=torch.Generator().manual_seed(0))
         spec = Mixed(bits=self.widths, **options)
-        return measure_widths(self.toy, Trajectories(noise, STEPS), process, spec, self._calibrate)
+        return measure_widths(self.toy, Trajectories(noise, STEPS), process, spec, 2, self._calibrate)
 
     def _calibrate(self) -> None:
         quantizer = self.toy.conv.input_quantizer

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from tcaq.cli.models import REFERENCE
-from tcaq.evaluate.features import load_features
+from tcaq.evaluate.features import FeatureExtractor, load_features
 from tcaq.evaluate.metrics import Moments, frechet_distance
 from tcaq.recipes.job import Judge
+
+
+@dataclass(frozen=True)
+class FeatureJudge:
+    """Fréchet distance in the space of an extractor, whose name tells it from other judges."""
+
+    extractor: FeatureExtractor
+
+    @property
+    def name(self) -> str:
+        """The extractor's."""
+        return self.extractor.name
+
+    def __call__(self, float_images: Tensor, images: Tensor) -> float:
+        """The distance between two sets, uint8 [images, channels, height, width]."""
+        a, b = (Moments.of(self.extractor.extract(part)) for part in (float_images, images))
+        return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
 
 
 def make_judge(model: str, features: str | None) -> Judge | None:
@@ -15,10 +34,4 @@ def make_judge(model: str, features: str | None) -> Judge | None:
     name = features or (REFERENCE if model == REFERENCE else None)
     if name is None:
         return None
-    extractor = load_features(name)
-
-    def judge(float_images: Tensor, images: Tensor) -> float:
-        a, b = Moments.of(extractor.extract(float_images)), Moments.of(extractor.extract(images))
-        return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
-
-    return judge
+    return FeatureJudge(load_features(name))

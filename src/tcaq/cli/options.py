@@ -11,7 +11,7 @@ import typer
 
 from tcaq.errors import UsageError
 from tcaq.recipes.presets import preset_recipe
-from tcaq.recipes.registry import RECIPES
+from tcaq.recipes.registry import RECIPES, check_parts
 from tcaq.spec.conditions import Conditions
 from tcaq.spec.plan import Plan
 from tcaq.spec.recipe import Layers, Recipe
@@ -137,6 +137,7 @@ def make_recipe(
     if made.reconstruction is None and (option := next((name for name, value in fits.items() if value), None)):
         what = f"recipe {recipe!r} at preset {preset!r}" if named else f"recipe {recipe!r}"
         raise UsageError(f"{option} {fits[option]}: the {what} reconstructs nothing; leave {option} out")
+    check_parts(made)
     return made if iterations is None else made.changed({"reconstruction": {"iterations": iterations}})
 
 

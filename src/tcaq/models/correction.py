@@ -24,6 +24,7 @@ class NoiseCorrection(Moded, nn.Module):
     """Takes known quantization noise out of predicted noise, unless the denoiser runs in float.
 
     Attributes: slope: float32 [groups]; bias: float32 [groups, channels]; both zero, which changes nothing, until calibrated.
+        Channels behind these, as of a learned variance, are left alone.
     """
 
     slope: Tensor
@@ -39,6 +40,13 @@ class NoiseCorrection(Moded, nn.Module):
         """Correct `eps`, float [batch, channels, height, width] or [batch, tokens, channels]."""
         if self.mode is not Mode.FAKE:
             return eps
+        axis, channels = (-3 if eps.dim() == 4 else -1), self.bias.shape[1]
+        if more := eps.shape[axis] - channels:
+            noise, others = eps.split([channels, more], dim=axis)
+            return torch.cat([self._corrected(noise), others], dim=axis)
+        return self._corrected(eps)
+
+    def _corrected(self, eps: Tensor) -> Tensor:
         clock = self._clock[0]
         bias = self.bias if clock.count == 1 else self.bias[clock.group]
         bias = channels_second(bias.reshape(*bias.shape, *[1] * (eps.dim() - 2)))

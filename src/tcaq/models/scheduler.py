@@ -15,6 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from tcaq.numerics.correction import variance_left
+from tcaq.numerics.snr import variance_of_noise
 
 OPTION = "quantization_noise"
 
@@ -30,12 +31,14 @@ class NoiseAware:
         cls.__init__.__signature__ = original.replace(parameters=[*original.parameters.values(), option])  # type: ignore[attr-defined]
 
     def brought(self, timestep: Tensor | float) -> Tensor:
-        """The variance of the noise in a prediction at a timestep, a scalar."""
-        found = cast(Any, self).config.quantization_noise
+        """The variance of what quantization adds to the noise that a prediction at a timestep stands for, a scalar."""
+        scheduler = cast(Any, self)
+        found = scheduler.config.quantization_noise
         if found is None:
             return torch.zeros(())
         group = sum(float(timestep) >= boundary for boundary in found["boundaries"])
-        return torch.tensor(float(found["variance"][group]))
+        share, kind = scheduler.alphas_cumprod[int(timestep)], scheduler.config.prediction_type
+        return float(found["variance"][group]) * variance_of_noise(share, kind)
 
 
 def _products(scheduler: Any, timestep: int, previous: int, final: Tensor) -> tuple[Tensor, Tensor]:

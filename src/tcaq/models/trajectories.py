@@ -170,7 +170,13 @@ def recording(denoiser: nn.Module, images: int, store: Store | None = None) -> I
 
 
 @torch.no_grad()
-def predict(denoiser: nn.Module, trajectories: Trajectories, calls: Sequence[int] | None = None) -> Tensor:
-    """The denoiser's predictions on recorded inputs, float [calls, images, ...]. Args: calls: which ones (None: all)."""
+def predict(
+    denoiser: nn.Module, trajectories: Trajectories, calls: Sequence[int] | None = None, batch: int | None = None
+) -> Tensor:  # fmt: skip
+    """The denoiser's predictions on recorded inputs, float [calls, images, ...].
+
+    Args: calls: which ones (None: all); batch: images at a time (None: all).
+    """
     numbers = range(len(trajectories.samples)) if calls is None else calls
-    return torch.stack([trajectories.call(number)(denoiser) for number in numbers])
+    size = batch or trajectories.samples.shape[1]
+    return torch.stack([torch.cat([part(denoiser) for part in trajectories.call(n).split(size)]) for n in numbers])

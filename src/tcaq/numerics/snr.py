@@ -45,6 +45,13 @@ def as_noise(prediction: Tensor, x: Tensor, alpha_bar: Tensor, kind: Prediction)
     return (x - signal * prediction) / noise
 
 
+def variance_of_noise(alpha_bar: Tensor, kind: Prediction) -> Tensor:
+    """The variance in `as_noise` of a prediction that has variance 1 where x is known; in the shape of `alpha_bar`."""
+    if kind == "epsilon":
+        return torch.ones_like(alpha_bar)
+    return alpha_bar if kind == "v_prediction" else alpha_bar / (1 - alpha_bar)
+
+
 def narrowest(snr: Tensor, least: Tensor) -> Tensor:
     """Position of the first width whose ratio is above the least one; the last where none is; int64 [steps].
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tcaq.errors import UsageError
 from tcaq.recipes import mse
 from tcaq.recipes.job import Job
 
@@ -18,11 +19,17 @@ OPTIONS: dict[str, Any] = {
     "calibration": {"law": {"kind": "active"}},
     "grouping": {},
 }
+PARTS = frozenset({"daq", "mixed", "gptq", "grouping"})
 AUTHOR: dict[str, Any] = {"symmetric": True, "products": False}
 
 
 def apqdm(job: Job) -> None:
     """Choose steps, round the weights, learn the groups, then calibrate every operand group by group."""
+    if job.recipe.step_groups != "per-step":
+        raise UsageError(
+            f"apqdm learns which steps share a row: step_groups is {job.recipe.step_groups!r}, it must be 'per-step'; "
+            "`grouping.groups` says how many groups there are"
+        )
     trajectories = job.weigh(job.collect(0).trajectories)
     job.insert(trajectories)
     ranges = job.observe(trajectories)

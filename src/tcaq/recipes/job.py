@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from diffusers import DDIMPipeline, DiffusionPipeline
@@ -38,6 +38,7 @@ from tcaq.stages.correct import apply_correction, correct
 from tcaq.stages.equalize import apply_vectors, equalize
 from tcaq.stages.group import group
 from tcaq.stages.observe import observe
+from tcaq.stages.precise import precise
 from tcaq.stages.reconstruct import Fit, Reconstructor, apply_unit, fit, time_lessons
 from tcaq.stages.round import Rounder, apply_codes
 from tcaq.stages.rows import Classes, own_rows, table_rows
@@ -84,6 +85,16 @@ class Job:
         """The pipeline's denoiser."""
         return find_denoiser(self.pipe)[1]
 
+    @property
+    def batch(self) -> int:
+        """Images at a time, wherever the model runs on whole trajectories."""
+        return self.recipe.calibration.batch
+
+    @property
+    def room(self) -> dict[str, Any]:
+        """Where activations are kept: in memory as far as the recipe lets them, beyond that beside the run's results."""
+        return {"memory": self.recipe.memory, "spill": self.run.folder}
+
     def collect(self, round_: int) -> Collected:
         """Sample the calibration images with the model as it is now: the float one before `insert`."""
         spec = self.recipe.calibration
@@ -115,7 +126,7 @@ class Job:
     def insert(self, trajectories: Trajectories) -> None:
         """Swap the planned layers; step groups follow the recipe and the calibration schedule."""
         self.groups = StepGroups.of(self.recipe.step_groups, trajectories.timesteps.tolist())
-        denoiser = self.denoiser.eval()
+        denoiser = self.denoiser
         insert(denoiser, self.plan, attach_clock(denoiser, self.groups))
         first = next(trajectories.calls())[:1]
         with torch.no_grad():
@@ -127,7 +138,7 @@ class Job:
         if (spec := self.recipe.bypass) is not None and entrance_of(self.denoiser) is not None:
             self.run.step(
                 "bypass",
-                lambda: measure_bypass(self.denoiser, trajectories, spec, self.recipe.seed),
+                lambda: measure_bypass(self.denoiser, trajectories, spec, self.batch, self.recipe.seed),
                 lambda record: apply_bypass(self.denoiser, record),
             )
 
@@ -142,7 +153,9 @@ class Job:
         )
         values = max(1, self.recipe.ranges.values // shared)
         return self.run.step(
-            "observe", lambda: observe(self.denoiser, trajectories, values, self.recipe.seed), lambda record: record
+            "observe",
+            lambda: observe(self.denoiser, trajectories, values, self.batch, self.recipe.seed),
+            lambda record: record,
         )
 
     def equalize(self, ranges: Record) -> None:
@@ -168,7 +181,9 @@ class Job:
         recipe, denoiser = self.recipe, self.denoiser
         spec = recipe.grouping or Grouping()
         record = self.run.step(
-            "group", lambda: group(denoiser, trajectories, ranges, recipe.ranges, spec, recipe.seed), lambda r: r
+            "group",
+            lambda: group(denoiser, trajectories, ranges, recipe.ranges, spec, recipe.seed, recipe.daq),
+            lambda record: record,
         )
         self.classes = lambda _: record.tensors["classes"]
 
@@ -187,7 +202,9 @@ class Job:
             self.step_bits = tuple(record.tensors["bits"].tolist())
             set_widths(denoiser, record.tensors["bits"])
 
-        self.run.step("widths", lambda: measure_widths(denoiser, trajectories, process, spec, calibrate), apply)
+        self.run.step(
+            "widths", lambda: measure_widths(denoiser, trajectories, process, spec, self.batch, calibrate), apply
+        )
 
     def scale_inputs(self, ranges: Record) -> None:
         """First scales of affine operands."""
@@ -214,7 +231,7 @@ class Job:
         """GPTQ, if the recipe has it: all weights rounded anew, unit by unit in execution order; one record each."""
         if (spec := self.recipe.gptq) is not None:
             by_name, seen = {unit.name: unit for unit in self.units}, inside(self.denoiser, trajectories)
-            with Rounder(self.denoiser, self.units, seen, spec, self.recipe.seed, memory=self.recipe.memory) as rounder:
+            with Rounder(self.denoiser, self.units, seen, spec, self.recipe.seed, **self.room) as rounder:
                 self.run.series(
                     "round", list(by_name), rounder.round, lambda name, record: apply_codes(by_name[name], record)
                 )
@@ -233,7 +250,7 @@ class Job:
         by_name = {unit.name: unit for unit in self.units}
         how = Fit(spec, iterations, self.trust(round_), self.recipe.seed + round_, self.settled)
         seen = inside(self.denoiser, trajectories)
-        with Reconstructor(self.denoiser, self.units, seen, how, memory=self.recipe.memory) as reconstructor:
+        with Reconstructor(self.denoiser, self.units, seen, how, **self.room) as reconstructor:
             self.run.series(
                 f"reconstruct/{round_}", list(by_name), reconstructor.fit, lambda name, r: apply_unit(by_name[name], r)
             )
@@ -245,9 +262,14 @@ class Job:
             raise UsageError(f"the recipe {self.recipe.program!r} has no reconstruction to run")
         unit, clock = time_unit(self.denoiser), clock_of(self.denoiser)
         how = Fit(spec, spec.iterations, self.trust(0), self.recipe.seed)
+
+        def compute() -> Record:
+            with precise(unit.module):
+                return fit(unit, time_lessons(unit, timesteps), clock, how)
+
         self.run.step(
             "reconstruct/time",
-            lambda: fit(unit, time_lessons(unit, timesteps), clock, how),
+            compute,
             lambda record: apply_unit(unit, record),
         )
         self.settled |= {layer for _, layer in quantized_layers(unit.module)}
@@ -260,7 +282,7 @@ class Job:
         spec, whole = self.recipe.network.reconstruction(), Unit("network", self.denoiser)
         how = Fit(spec, spec.iterations, seed=self.recipe.seed)
         seen = inside(self.denoiser, trajectories)
-        with Reconstructor(self.denoiser, [whole], seen, how, memory=self.recipe.memory) as reconstructor:
+        with Reconstructor(self.denoiser, [whole], seen, how, **self.room) as reconstructor:
             self.run.series("network", [whole.name], reconstructor.fit, lambda _, record: apply_unit(whole, record))
 
     def correct(self, trajectories: Trajectories) -> None:
@@ -276,7 +298,7 @@ class Job:
                 variance = record.tensors["variance"].tolist()
                 self.pipe.register_modules(scheduler=noise_aware(self.pipe.scheduler, self.groups.boundaries, variance))
 
-        self.run.step("correct", lambda: correct(denoiser, trajectories, spec), apply)
+        self.run.step("correct", lambda: correct(denoiser, trajectories, spec, self.batch), apply)
 
     def temper(self, float_images: Tensor, plain: Tensor, round_: int) -> None:
         """Choose how much of the correction stays: what brings the calibration images closest to the float model's.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tcaq.errors import UsageError
 from tcaq.recipes.job import Job
 from tcaq.recipes.start import BLOCKWISE, start
 from tcaq.stages.rows import ONE_ROW
@@ -19,6 +20,8 @@ OPTIONS: dict[str, Any] = {**BLOCKWISE, "step_groups": "per-step", "correction":
 
 def ptqd(job: Job) -> None:
     """Calibrate with one row for all steps, reconstruct, and correct step by step."""
+    if job.recipe.correction is not None and job.recipe.correction.strengths:
+        raise UsageError("ptqd corrects at full strength: leave `correction.strengths` empty ([])")
     job.classes = lambda layer: ONE_ROW
     data = start(job)
     if job.recipe.reconstruction is not None:

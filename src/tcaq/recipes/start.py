@@ -6,6 +6,10 @@ from typing import Any
 
 from tcaq.recipes.job import Collected, Job
 
+START = frozenset({"bypass", "tcr", "daq", "mixed", "gptq"})
+"""The parts of a recipe that `start` knows what to do with."""
+BLOCKS = START | {"reconstruction"}
+"""The same of a program that reconstructs block by block after it."""
 PLAIN: dict[str, Any] = {
     "bypass": None,
     "tcr": None,

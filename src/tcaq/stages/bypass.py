@@ -19,21 +19,21 @@ from tcaq.spec.recipe import Bypass
 from tcaq.stages.rows import Rows, table_rows
 
 
-def measure_bypass(denoiser: nn.Module, trajectories: Trajectories, spec: Bypass, seed: int) -> Record:
+def measure_bypass(denoiser: nn.Module, trajectories: Trajectories, spec: Bypass, batch: int, seed: int) -> Record:
     """Record `reach` and `gain`, float32 [groups].
 
     Reach is in the units of x_t, and never less than what the images at the end hold, which is no noise. The gain is the slope of
     the float prediction of an element that is moved outwards from there, by up to its distance from zero: a few elements of each
     image are moved at once, too far apart to see much of each other.
 
-    Args: seed: of the choice of elements.
+    Args: batch: images at a time; seed: of the choice of elements.
     """
     inner = trajectories.first(spec.images)
     spread, image = trajectories.samples.flatten(1).float().std(dim=1), trajectories.samples[-1].abs().max().float()
     reach = torch.maximum(spec.reach * spread, image)
     edge, moved = planted(inner.samples, reach, spec.share, torch.Generator().manual_seed(seed))
     with floating(denoiser):
-        answers = [predict(denoiser, replace(inner, samples=samples)) for samples in (edge, moved)]
+        answers = [predict(denoiser, replace(inner, samples=samples), batch=batch) for samples in (edge, moved)]
     axis, channels = common_channels(edge[0], answers[0][0])
     step, answer = (pair[1] - pair[0] for pair in ((edge, moved), answers))
     step, answer = (change.narrow(axis, 0, channels).flatten(1).float() for change in (step, answer))

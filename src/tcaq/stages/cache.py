@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tcaq.errors import RunError
+from tcaq.records import TEMPORARY
 
 Key = tuple[str, str, int]
 """Stream (float or quantized), unit, batch."""
@@ -25,7 +26,8 @@ class ActivationCache:
         self.budget, self.used = budget, 0
         self._memory: dict[Key, Tensor] = {}
         self._disk: dict[Key, Path] = {}
-        self._folder = tempfile.TemporaryDirectory(prefix="tcaq-cache-", dir=folder)
+        # named as what a killed process leaves behind in a run directory, which the next one clears away
+        self._folder = tempfile.TemporaryDirectory(prefix=".cache-", suffix=TEMPORARY, dir=folder)
 
     def __enter__(self) -> Self:
         return self

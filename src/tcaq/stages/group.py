@@ -10,21 +10,25 @@ from tcaq.models.denoiser import clock_of
 from tcaq.models.trajectories import Trajectories
 from tcaq.quantizers.affine import AffineQuantizer
 from tcaq.records import Record
-from tcaq.spec.recipe import Grouping, RangeSearch
+from tcaq.spec.recipe import Daq, Grouping, RangeSearch
 from tcaq.spec.steps import StepGroups
 from tcaq.stages.draw import draw_parts
 from tcaq.stages.scale import affine_operands, apply_input_scales, scale_inputs
+from tcaq.stages.select import apply_choices, select
 from tcaq.stages.teaching import choose
 
 
 def group(
-    denoiser: nn.Module, trajectories: Trajectories, ranges: Record, search: RangeSearch, spec: Grouping, seed: int
+    denoiser: nn.Module, trajectories: Trajectories, ranges: Record, search: RangeSearch, spec: Grouping, seed: int,
+    daq: Daq | None = None,
 ) -> Record:  # fmt: skip
     """Record `classes`, int64 [steps], the group that each step belongs to in the end, and how the loss fell.
 
     Each step holds a weight for each of a few groups. The scale it quantizes with is the groups' scales mixed by the
     softmax of these weights, and the error of the predicted noise says which way the weights move. At the end each step
-    belongs to the group of its largest weight. The denoiser must hold a row for each step.
+    belongs to the group of its largest weight. Attention probabilities keep the grids that the groups begin with.
+
+    Args: daq: how these are chosen (None: its defaults).
     """
     clock = clock_of(denoiser)
     groups_of_steps = torch.searchsorted(
@@ -32,6 +36,7 @@ def group(
     )
     start = uniform_classes(trajectories.timesteps, spec.groups)
     apply_input_scales(denoiser, scale_inputs(denoiser, ranges, search, lambda _: start))
+    apply_choices(denoiser, select(denoiser, ranges, daq or Daq(), search, lambda _: start))
     mixtures = [Mixture(quantizer, start, groups_of_steps) for _, _, quantizer, _ in affine_operands(denoiser)]
     logits = (torch.nn.functional.one_hot(start, int(start.max()) + 1).float() * spec.confidence).requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=spec.rate)

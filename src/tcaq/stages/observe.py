@@ -12,28 +12,26 @@ from tcaq.models.trajectories import Trajectories
 from tcaq.records import Record
 from tcaq.stages.operands import draw_rows, visiting
 
-CHUNK = 32
-"""Images at a time: enough to keep the processor busy, few enough that activations stay small."""
 
-
-def observe(denoiser: nn.Module, trajectories: Trajectories, values: int, seed: int) -> Record:
+def observe(denoiser: nn.Module, trajectories: Trajectories, values: int, batch: int, seed: int) -> Record:
     """Record per operand, named `layer|operand|statistic`, float32:
 
     `low`, `high` [steps, channels]: extremes; `square` [steps, channels]: mean square, of inputs only; `rows`
     [steps, n, channels]: a random sample. The operands of a product have one channel: nothing could scale theirs apart.
 
-    Args: values: about how many numbers of each operand are sampled at each step; seed: of the sample.
+    Args: values: about how many numbers of each operand are sampled at each step; batch: images at a time; seed: of
+        the sample.
     Raises: NumericalError naming the layer and the step, if an operand is not finite.
     """
     axes = {n: channel_axis(m) if isinstance(m, QuantizedWeight) else None for n, m in quantized_layers(denoiser)}
-    found = Observations(trajectories, values, seed)
+    found = Observations(trajectories, values, batch, seed)
 
     def visit(name: str, operand: str, value: Tensor) -> None:
         found.add(name, operand, value, axes[name])
 
     with visiting(denoiser, visit):
         for found.step, inputs in enumerate(trajectories.calls()):
-            for found.chunk, part in enumerate(inputs.split(CHUNK)):
+            for found.chunk, part in enumerate(inputs.split(batch)):
                 part(denoiser)
     return Record({"timesteps": trajectories.timesteps, "shares": trajectories.shares} | found.tables)
 
@@ -44,10 +42,10 @@ class Observations:
     They are made at the first step: small results kept between large temporary tensors would scatter the heap.
     """
 
-    def __init__(self, trajectories: Trajectories, values: int, seed: int) -> None:
+    def __init__(self, trajectories: Trajectories, values: int, batch: int, seed: int) -> None:
         """See `observe`."""
         self.timesteps, self.images, self.values = trajectories.timesteps, trajectories.samples.shape[1], values
-        self.chunks = -(-self.images // CHUNK)
+        self.chunks = -(-self.images // batch)
         self.generator = torch.Generator().manual_seed(seed)
         self.tables: dict[str, Tensor] = {}
         self.step = self.chunk = 0

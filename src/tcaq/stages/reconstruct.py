@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tcaq.errors import NumericalError
+from tcaq.layers.hold import holding_weights
 from tcaq.layers.insert import QuantizedLayer, quantized_layers
 from tcaq.layers.modes import Mode, running
 from tcaq.layers.weighted import QuantizedWeight
@@ -23,11 +24,10 @@ from tcaq.quantizers.affine import AffineQuantizer
 from tcaq.quantizers.clock import StepClock
 from tcaq.records import Record
 from tcaq.spec.recipe import Reconstruction
-from tcaq.stages.cache import ActivationCache
 from tcaq.stages.call import Call
-from tcaq.stages.draw import PartsReplay, draw_parts
 from tcaq.stages.precise import precise
 from tcaq.stages.teaching import Lessons, Teaching
+from tcaq.stages.unitwise import Unitwise
 
 CORRECTION = "bias_correction"
 
@@ -51,27 +51,19 @@ class Fit:
         return [layer for _, layer in quantized_layers(unit.module) if layer not in self.settled]
 
 
-class Reconstructor:
+class Reconstructor(Unitwise):
     """Fits units one after another over one set of trajectories; each fit depends on the units fitted before it."""
 
     def __init__(
         self, denoiser: nn.Module, units: list[Unit], trajectories: Trajectories, how: Fit, *,
         memory: float, spill: Path | None = None,
     ) -> None:  # fmt: skip
-        """Args: how: of every unit, and the seed of the choice of inputs; memory: GiB of activations kept in memory."""
-        self.denoiser, self.how = denoiser, how
-        self.units = {unit.name: unit for unit in units}
-        self.cache = ActivationCache(int(memory * 2**30), spill)
-        drawn = draw_parts(trajectories, how.spec.inputs, how.seed)
-        self.replay = PartsReplay(denoiser, units, drawn, how.spec.batch, self.cache)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.cache.__exit__(kind, error, trace)
+        """Args: how: of every unit, and the seed of the choice of inputs; memory, spill: see Unitwise."""
+        spec = how.spec
+        super().__init__(
+            denoiser, units, trajectories, inputs=spec.inputs, batch=spec.batch, seed=how.seed, memory=memory, spill=spill
+        )  # fmt: skip
+        self.how = how
 
     def fit(self, name: str) -> Record:
         """Fit one unit, in float32 whatever the model's dtype, and record its codes, scales, and loss before and after."""
@@ -195,26 +187,35 @@ def learn(
     frozen = [p for p in unit.module.parameters() if p.requires_grad and id(p) not in learned]
     for parameter in frozen:
         parameter.requires_grad_(False)
-    for iteration in range(iterations):
-        number, rows = lessons.draw(spec.batch, generator)
-        teaching = lessons.parts[number]
-        clock.set(teaching.timesteps[rows])
-        inputs = rows_of(teaching.inputs, rows).zip(
-            rows_of(teaching.float_inputs, rows), lambda q, f: mixed(q, f, spec.drop, generator)
-        )
-        error = teaching.distance(inputs(unit.module), rows, spec.power, in_bands=spec.balance == "bands")
-        loss = (error / initial[number][rows]).mean()
-        beta = annealed(iteration, iterations, warmup)
-        if weights and beta is not None:
-            penalties = [weight.penalty(beta) for weight in weights]
-            loss = loss + spec.penalty * torch.stack(penalties).sum() / count
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    still = not rounding and not (scales and spec.weight_rate)
+    with holding_weights(unit.module) if still else nullcontext():
+        for iteration in range(iterations):
+            number, rows = lessons.draw(spec.batch, generator)
+            teaching = lessons.parts[number]
+            clock.set(teaching.timesteps[rows])
+            loss = batch_loss(unit, teaching, rows, initial[number][rows], spec, generator)
+            beta = annealed(iteration, iterations, warmup)
+            if weights and beta is not None:
+                penalties = [weight.penalty(beta) for weight in weights]
+                loss = loss + spec.penalty * torch.stack(penalties).sum() / count
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
     for parameter in frozen:
         parameter.requires_grad_(True)
     end(layers)
+
+
+def batch_loss(
+    unit: Unit, teaching: Teaching, rows: Tensor, initial: Tensor, spec: Reconstruction, generator: torch.Generator
+) -> Tensor:  # fmt: skip
+    """The error of some rows against what it was, `initial`, float [rows, 1 or bands]; inputs in part from the float stream."""
+    inputs = rows_of(teaching.inputs, rows).zip(
+        rows_of(teaching.float_inputs, rows), lambda q, f: mixed(q, f, spec.drop, generator)
+    )
+    error = teaching.distance(inputs(unit.module), rows, spec.power, in_bands=spec.balance == "bands")
+    return (error / initial).mean()
 
 
 def begin(

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +22,10 @@ from tcaq.numerics.affine import dequantize
 from tcaq.numerics.gptq import gptq_codes
 from tcaq.records import Record
 from tcaq.spec.recipe import Gptq
-from tcaq.stages.cache import ActivationCache
 from tcaq.stages.call import Call
-from tcaq.stages.draw import PartsReplay, draw_parts
 from tcaq.stages.precise import precise
 from tcaq.stages.reconstruct import rows_of
+from tcaq.stages.unitwise import Unitwise
 
 CHUNK = 2**24
 """Numbers of an unfolded input that are in memory at a time."""
@@ -45,26 +43,18 @@ class Inputs:
     timesteps: Tensor
 
 
-class Rounder:
+class Rounder(Unitwise):
     """Rounds units one after another; each on what the units rounded before it put out."""
 
     def __init__(
         self, denoiser: nn.Module, units: list[Unit], trajectories: Trajectories, spec: Gptq, seed: int, *,
         memory: float, spill: Path | None = None,
     ) -> None:  # fmt: skip
-        """Args: seed: of the choice of inputs; memory: GiB of activations kept in memory."""
-        self.denoiser, self.spec = denoiser, spec
-        self.units = {unit.name: unit for unit in units}
-        self.cache = ActivationCache(int(memory * 2**30), spill)
-        self.replay = PartsReplay(denoiser, units, draw_parts(trajectories, spec.inputs, seed), spec.batch, self.cache)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.cache.__exit__(kind, error, trace)
+        """Args: seed: of the choice of inputs; memory, spill: see Unitwise."""
+        super().__init__(
+            denoiser, units, trajectories, inputs=spec.inputs, batch=spec.batch, seed=seed, memory=memory, spill=spill
+        )  # fmt: skip
+        self.spec = spec
 
     @torch.no_grad()
     def round(self, name: str) -> Record:

@@ -17,7 +17,7 @@ from tcaq.records import Record
 from tcaq.spec.grid import AdaptiveGrid, ProbabilityGrid
 from tcaq.spec.recipe import Daq, RangeSearch
 from tcaq.stages.rows import Classes, own_rows
-from tcaq.stages.scale import operand_rows
+from tcaq.stages.scale import grouped_values, operand_rows
 
 
 def probability_quantizers(denoiser: nn.Module) -> dict[str, ProbabilityQuantizer]:
@@ -38,7 +38,7 @@ def select(
     choices: dict[str, list[dict[str, Any]]] = {}
     for name, quantizer in probability_quantizers(denoiser).items():
         rows, widths = operand_rows(quantizer, ranges, classes(name))
-        samples = ranges.tensors[f"{name}|left|rows"][rows.positions].flatten(1)
+        samples = drawn_or_all(ranges, f"{name}|left", rows.positions, search)
         grids = [quantizer.grid.at(bits) for bits in widths.tolist()]
         found = [choose(p, grid, spec, search) for p, grid in zip(samples, grids, strict=True)]
         every = [found[i] for i in rows.of_group.tolist()]
@@ -46,6 +46,16 @@ def select(
         for field in ("scale", "peak", "use_log2"):
             tensors[f"{name}|{field}"] = torch.tensor([row[field] for row in every])
     return Record(tensors, {"choices": choices})
+
+
+def drawn_or_all(ranges: Record, key: str, positions: Tensor, search: RangeSearch) -> Tensor:
+    """The sample of an operand that a grid is chosen by, float [classes, n], with its extremes where all must be covered (min-max).
+
+    A search goes by what is common: an extreme, one value of millions, would count there as one of thousands.
+    """
+    if search.input_candidates == 1:
+        return grouped_values(ranges, key, positions, None)
+    return ranges.tensors[f"{key}|rows"][positions].flatten(1)
 
 
 def choose(p: Tensor, grid: ProbabilityGrid, spec: Daq, search: RangeSearch) -> dict[str, Any]:

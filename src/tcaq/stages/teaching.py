@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class Teaching:
     inputs: Call
     targets: list[Tensor]
     timesteps: Tensor
+    _taken: dict[tuple[float, bool], list[Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -33,8 +34,15 @@ class Teaching:
         parts = [apart(output - target[rows], power) for output, target in zip(outputs, self.targets, strict=True)]
         if len(parts) == 1:
             return parts[0]
-        sizes = [apart(target, power).mean(dim=0).clamp(min=1e-20) for target in self.targets]
+        sizes = self._sizes(power, in_bands=in_bands)
         return torch.stack([part / size for part, size in zip(parts, sizes, strict=True)]).sum(dim=0)
+
+    def _sizes(self, power: float, *, in_bands: bool) -> list[Tensor]:
+        """The mean power of each output over all rows; taken once, for every step of learning asks."""
+        if (power, in_bands) not in self._taken:
+            apart = by_band if in_bands else at_once
+            self._taken[power, in_bands] = [apart(t, power).mean(dim=0).clamp(min=1e-20) for t in self.targets]
+        return self._taken[power, in_bands]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,9 @@ def weigh(pipe: DiffusionPipeline, trajectories: Trajectories, law: Law) -> Reco
         case SkewedNormal():
             own = architecture(find_denoiser(pipe)[1]).last
             last = float(pipe.scheduler.config.num_train_timesteps - 1) if own is None else own
-            weights = skewed_normal(trajectories.timesteps, last, law.mean, law.deviation)
+            # the halves of guidance are calls at one timestep, which share its part
+            timesteps, call, calls = trajectories.timesteps.unique(return_inverse=True, return_counts=True)
+            weights = (skewed_normal(timesteps, last, law.mean, law.deviation) / calls)[call]
         case Stride():
             weights = (trajectories.steps % law.every == 0).double()
         case Active():

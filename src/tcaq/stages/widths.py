@@ -20,14 +20,15 @@ from tcaq.stages.rows import table_rows
 
 
 def measure_widths(
-    denoiser: nn.Module, trajectories: Trajectories, process: ForwardProcess, spec: Mixed, calibrate: Callable[[], None]
+    denoiser: nn.Module, trajectories: Trajectories, process: ForwardProcess, spec: Mixed, batch: int,
+    calibrate: Callable[[], None],
 ) -> Record:  # fmt: skip
     """Record `bits`, int64 [groups], and why: `timesteps`, `forward` [calls] and `quantized` [widths, calls], ratios in float64.
 
     At each width the quantized model predicts what it is given over the float model's trajectories. A group that holds several
     calls has the width that the most demanding one needs; a group that none fell into that of its neighbour.
 
-    Args: calibrate: gives all quantizers their scales for the widths that they have then.
+    Args: batch: images at a time; calibrate: gives all quantizers their scales for the widths that they have then.
     """
     clock = clock_of(denoiser)
     ratios: list[Tensor] = []
@@ -35,7 +36,7 @@ def measure_widths(
         set_widths(denoiser, torch.full((clock.count,), bits))
         calibrate()
         calls = range(len(trajectories.timesteps))
-        found = [call_snr(denoiser, trajectories, process, call, squared=spec.snr == "powers") for call in calls]
+        found = [call_snr(denoiser, trajectories, process, call, batch, squared=spec.snr == "powers") for call in calls]
         ratios.append(torch.cat(found))
     forward, quantized = forward_snr(process.signal_share(trajectories.timesteps)), torch.stack(ratios)
     rows = table_rows(clock.boundaries, trajectories.timesteps)
@@ -45,19 +46,21 @@ def measure_widths(
 
 
 def call_snr(
-    denoiser: nn.Module, trajectories: Trajectories, process: ForwardProcess, call: int, *, squared: bool
+    denoiser: nn.Module, trajectories: Trajectories, process: ForwardProcess, call: int, batch: int, *, squared: bool
 ) -> Tensor:
     """SNR_Q of one call, float64 [1]; what all calls predict may not fit into memory at once."""
     with floating(denoiser):
-        original = predicted_noise(denoiser, trajectories, process, call)
+        original = predicted_noise(denoiser, trajectories, process, call, batch)
     with faking(denoiser):
-        error = predicted_noise(denoiser, trajectories, process, call) - original
+        error = predicted_noise(denoiser, trajectories, process, call, batch) - original
     return noise_snr(original, error, squared=squared)
 
 
-def predicted_noise(denoiser: nn.Module, trajectories: Trajectories, process: ForwardProcess, call: int) -> Tensor:
+def predicted_noise(
+    denoiser: nn.Module, trajectories: Trajectories, process: ForwardProcess, call: int, batch: int
+) -> Tensor:  # fmt: skip
     """The noise that the denoiser sees, float32 [1, images, ...], in the channels that x_t and its prediction share."""
-    prediction, x = predict(denoiser, trajectories, [call]), trajectories.call(call).sample[None]
+    prediction, x = predict(denoiser, trajectories, [call], batch), trajectories.call(call).sample[None]
     axis, channels = common_channels(x[0], prediction[0])
     x, prediction = (part.narrow(axis, 0, channels).float() for part in (x, prediction))
     share = process.signal_share(trajectories.timesteps[call : call + 1])

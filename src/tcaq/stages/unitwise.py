@@ -1,0 +1,42 @@
+"""What stages share that go through a denoiser unit by unit, each on what the units before it put out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from torch import nn
+
+from tcaq.models.trajectories import Trajectories
+from tcaq.models.units import Unit
+from tcaq.stages.cache import ActivationCache
+from tcaq.stages.draw import PartsReplay, draw_parts
+
+
+class Unitwise:
+    """Replays drawn inputs up to any unit; what passed units put out is kept until the block ends.
+
+    Attributes: units: by name; replay: gives a unit's inputs in the float and in the quantized stream.
+    """
+
+    def __init__(
+        self, denoiser: nn.Module, units: list[Unit], trajectories: Trajectories, *,
+        inputs: int, batch: int, seed: int, memory: float, spill: Path | None = None,
+    ) -> None:  # fmt: skip
+        """Draw `inputs` inputs by `seed`.
+
+        Args: memory: GiB of activations kept in memory; spill: folder for the rest (None: the system's place for such files).
+        """
+        self.denoiser = denoiser
+        self.units = {unit.name: unit for unit in units}
+        self.cache = ActivationCache(int(memory * 2**30), spill)
+        self.replay = PartsReplay(denoiser, units, draw_parts(trajectories, inputs, seed), batch, self.cache)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cache.__exit__(kind, error, trace)
