@@ -130,6 +130,22 @@ def test_calibration_with_parts_on_another_device_is_refused():
         tcaq.quantize(pipe, recipe("dit"))
 
 
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_calibration_away_from_the_cpu_is_refused(part, monkeypatch):
+    pipe = pipeline_of("dit")
+    monkeypatch.setattr(
+        "tcaq.models.offload.devices_of", lambda module: {"cuda"} if module is getattr(pipe, part) else {"cpu"}
+    )
+    with pytest.raises(ModelError, match=rf"{part} is on cuda.*pipe\.to\('cpu'\)"):
+        tcaq.quantize(pipe, recipe("dit"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator to calibrate on")
+def test_calibration_on_an_accelerator_is_refused():
+    with pytest.raises(ModelError, match="is on cuda"):
+        tcaq.quantize(pipeline_of("dit").to("cuda"), recipe("dit"))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator to offload from")
 @NAMES
 @HOWS

@@ -19,14 +19,23 @@ def is_offloaded(module: nn.Module) -> bool:
     return any(tensor.is_meta for tensor in module.state_dict().values())
 
 
+def devices_of(part: Any) -> set[str]:
+    """The kinds of devices that hold a component's parameters; none for what is no module."""
+    return {parameter.device.type for parameter in part.parameters()} if isinstance(part, nn.Module) else set()
+
+
 def bring_back(pipe: DiffusionPipeline) -> None:
     """Put every weight of an offloaded denoiser on the CPU again, for good: calibration reads weights between calls.
 
     What moves a whole denoiser about (`enable_model_cpu_offload`) is no such thing, and stays.
 
-    Raises: ModelError if weights were never loaded, or parts of the pipeline are moved to another device for each call.
+    Raises: ModelError if weights were never loaded, or parts of the pipeline are on another device or moved there for each call.
     """
     for name, part in pipe.components.items():
+        if places := sorted(devices_of(part) - {"cpu", "meta"}):
+            raise ModelError(
+                f"{name} is on {places[0]}, and models are quantized on the CPU: pipe.to('cpu') first, and move it after"
+            )
         device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
         if device is not None and torch.device(device).type != "cpu":
             raise ModelError(
