@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import tcaq
 from tcaq.checkpoint import describe
 from tcaq.cli import app
-from tcaq.errors import UsageError
+from tcaq.errors import ModelError, UsageError
 from tcaq.models.denoiser import find_denoiser
 from tcaq.models.load import load_pipeline
 from tcaq.models.prompting import resolve_conditions
@@ -120,8 +120,26 @@ def test_adapters_load_and_run_and_are_not_fused(folders, tmp_path):
             quantized.fuse_lora()
     with pytest.raises(UsageError, match="cannot be fused"):
         pipe.fuse_lora()
+    with pytest.raises(UsageError, match="unload_lora_weights"):
+        tcaq.checkpoint.save(pipe, tmp_path / "adapted")
+    with pytest.raises(UsageError, match="unload_lora_weights"):
+        pipe.save_pretrained(tmp_path / "adapted")
     pipe.unload_lora_weights()
     assert torch.equal(predict(pipe.unet, calls), before)
+
+
+def test_a_model_with_an_adapter_is_not_quantized_until_it_is_fused(tmp_path):
+    donor, pipe = pipeline_of("sd"), pipeline_of("sd")
+    donor.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(donor.unet))
+    pipe.load_lora_weights(tmp_path)
+    with pytest.raises(ModelError, match=r"fuse_lora\(\).*unload_lora_weights"):
+        tcaq.quantize(pipe, fast("sd"))
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    tcaq.quantize(pipe, fast("sd"), tmp_path / "fused")
+    calls = some_calls(pipeline_of("sd"))
+    assert torch.equal(predict(tcaq.load(tmp_path / "fused").unet, calls), predict(pipe.unet, calls))
 
 
 def test_a_pipeline_config_applies_to_what_is_quantized_already(folders):

@@ -15,7 +15,7 @@ from tcaq.layers.dequantize import dequantize_layers
 from tcaq.layers.insert import insert, quantized_layers
 from tcaq.layers.modes import Mode, moded
 from tcaq.layers.weighted import QuantizedWeight
-from tcaq.models.adapters import allow_fusing, refuse_fusing
+from tcaq.models.adapters import allow_fusing, check_unloaded, refuse_fusing
 from tcaq.models.bypass import BYPASS, attach_bypass, bypass_of
 from tcaq.models.config import QuantMethod, TcaqConfig
 from tcaq.models.correction import CORRECTION, attach_correction, correction_of
@@ -146,9 +146,10 @@ class TcaqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What is saved. Raises: UsageError if a pickle is asked for."""
+        """What is saved. Raises: UsageError if a pickle is asked for, or adapters are loaded."""
         if not safe_serialization:
             raise UsageError("a quantized model is saved as safetensors only; leave out safe_serialization=False")
+        check_unloaded(state_dict)
         return state_dict, Seal.of(state_dict, self.quantization_config.to_dict()).metadata()
 
     def _dequantize(self, model: Any) -> Any:

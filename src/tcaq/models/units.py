@@ -11,6 +11,7 @@ from torch import nn
 
 from tcaq.layers.insert import list_layers
 from tcaq.layers.modes import Moded
+from tcaq.models.adapters import check_plain
 from tcaq.models.architectures import architecture
 from tcaq.spec.grid import AdaptiveGrid, AffineGrid, ProbabilityGrid, TokenGrid, UnitGrid
 from tcaq.spec.plan import Plan, ResolvedPlan, Rule
@@ -86,7 +87,8 @@ def default_plan(
 
 
 def resolve(denoiser: nn.Module, plan: Plan) -> ResolvedPlan:
-    """The plan's table over this denoiser. Raises: PlanError listing everything that does not fit."""
+    """The plan's table over this denoiser. Raises: PlanError listing all that does not fit; ModelError if it has adapters."""
+    check_plain(denoiser)
     joints = concatenations(denoiser)
     return plan.resolve([replace(layer, joint=joints.get(layer.name)) for layer in list_layers(denoiser)])
 
