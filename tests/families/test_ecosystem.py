@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.quantizers import PipelineQuantizationConfig
 from huggingface_hub import metadata_load
 from peft import LoraConfig
@@ -18,6 +19,7 @@ import tcaq
 from tcaq.checkpoint import describe
 from tcaq.cli import app
 from tcaq.errors import ModelError, UsageError
+from tcaq.layers.processors import is_attention
 from tcaq.models.denoiser import find_denoiser
 from tcaq.models.load import load_pipeline
 from tcaq.models.prompting import resolve_conditions
@@ -26,6 +28,7 @@ from tcaq.models.sampler import record
 from tcaq.models.trajectories import predict
 from tcaq.recipes.presets import preset_recipe
 
+from .quantized import quantized_of
 from .tiny import conditions_of, pipeline_of
 
 ORIGINAL_CARD = "---\nlicense: openrail++\nbase_model: someone/original\n---\n\n# Original\n"
@@ -104,6 +107,25 @@ def test_a_hub_that_refuses_is_named(folders, monkeypatch):
     assert "cannot upload to 'owner/name'" in " ".join(result.output.split())
 
 
+@pytest.mark.parametrize("name", ["sdxl", "sd35", "flux"])
+def test_adapters_load_on_other_families(name, tmp_path):
+    torch.manual_seed(0)
+    donor = pipeline_of(name)
+    component, plain = find_denoiser(donor)
+    plain.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    type(donor).save_lora_weights(tmp_path, **{f"{component}_lora_layers": get_peft_model_state_dict(plain)})
+    pipe, calls = quantized_of(name)
+    denoiser = find_denoiser(pipe)[1]
+    before = predict(denoiser, calls)
+    if name == "flux":  # its pipeline reads a float weight of every layer: docs/checkpoint.md
+        denoiser.load_lora_adapter(tmp_path, weight_name="pytorch_lora_weights.safetensors", use_safetensors=True)
+    else:
+        pipe.load_lora_weights(tmp_path)
+    assert not torch.allclose(predict(denoiser, calls), before, atol=1e-3)
+    pipe.unload_lora_weights()
+    assert torch.equal(predict(denoiser, calls), before)
+
+
 def test_adapters_load_and_run_and_are_not_fused(folders, tmp_path):
     torch.manual_seed(0)
     donor = pipeline_of("sd")
@@ -140,6 +162,26 @@ def test_a_model_with_an_adapter_is_not_quantized_until_it_is_fused(tmp_path):
     tcaq.quantize(pipe, fast("sd"), tmp_path / "fused")
     calls = some_calls(pipeline_of("sd"))
     assert torch.equal(predict(tcaq.load(tmp_path / "fused").unet, calls), predict(pipe.unet, calls))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pipe: pipe.enable_attention_slicing(),
+        lambda pipe: pipe.unet.set_attn_processor(AttnProcessor2_0()),
+        lambda pipe: pipe.unet.fuse_qkv_projections(),
+    ],
+    ids=["slicing", "processor", "fused"],
+)
+def test_attention_stays_as_it_was_calibrated(change):
+    pipe, calls = quantized_of("sd")
+    expected = predict(pipe.unet, calls)
+    with pytest.raises(UsageError, match="keeps its processor"):
+        change(pipe)
+    assert torch.equal(predict(pipe.unet, calls), expected)
+    pipe.unet.dequantize()
+    change(pipe)
+    assert {type(m.processor).__module__.split(".")[0] for m in pipe.unet.modules() if is_attention(m)} == {"diffusers"}
 
 
 def test_a_pipeline_config_applies_to_what_is_quantized_already(folders):

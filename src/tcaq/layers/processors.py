@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
+from tcaq.errors import UsageError
 from tcaq.layers.attention import MIX, SCORES, ProductProcessor
 from tcaq.layers.joint import JointProductProcessor
 from tcaq.layers.product import QuantizedProduct
@@ -47,15 +48,24 @@ def is_fused(attention: nn.Module) -> bool:
 
 
 def attach_products(attention: Any, scores: LayerGrids | None, mix: LayerGrids | None, clock: StepClock) -> None:
-    """Give an attention its two products and the processor that uses them."""
+    """Give an attention its two products and the processor that uses them, which nothing but `detach_products` takes away."""
     kind = PROCESSORS[type(attention.processor).__name__]
     attention.add_module(SCORES, QuantizedProduct(scores, clock))
     attention.add_module(MIX, QuantizedProduct(mix, clock))
     attention.set_processor(kind(attention.processor))
+    attention.set_processor = attention.fuse_projections = _refuse
 
 
 def detach_products(attention: Any) -> None:
-    """Give an attention its own processor back."""
+    """Give an attention its own processor and methods back."""
+    del attention.set_processor, attention.fuse_projections
     delattr(attention, SCORES)
     delattr(attention, MIX)
     attention.set_processor(attention.processor.original)
+
+
+def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
+    raise UsageError(
+        "attention of a quantized denoiser keeps its processor and its projections: without them its products would run in float. "
+        "Leave out attention slicing, xformers, other processors and fused projections"
+    )
