@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,22 @@ def test_bfloat16_casts_only_what_is_not_quantized(pipe: DDIMPipeline, folder: P
     again = UNet2DModel.from_pretrained(tmp_path)
     assert again.dtype == torch.bfloat16
     assert_same(outputs(again), outputs(half))
+
+
+@pytest.mark.parametrize("cast", [nn.Module.bfloat16, nn.Module.double])
+def test_a_model_whose_scales_were_cast_is_not_saved(
+    pipe: DDIMPipeline, tmp_path: Path, cast: Callable[[nn.Module], Any]
+) -> None:
+    with pytest.raises(UsageError, match=r"were cast to torch\.(bfloat16|float64).*torch_dtype"):
+        cast(copy.deepcopy(pipe.unet)).save_pretrained(tmp_path)
+
+
+def test_copies_can_be_pickled(pipe: DDIMPipeline) -> None:
+    expected = outputs(pipe.unet)
+    twin = pickle.loads(pickle.dumps(pipe.unet))
+    pipe.unet.step_clock.set(900)
+    assert_same(outputs(twin), expected)
+    assert twin.conv_in.input_quantizer.clock is twin.step_clock
 
 
 def test_copies_have_a_clock_of_their_own(pipe: DDIMPipeline) -> None:

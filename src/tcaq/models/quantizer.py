@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,6 +45,17 @@ def quantization_state(denoiser: nn.Module) -> dict[str, Tensor]:
     if (correction := correction_of(denoiser)) is not None:
         parts.append((CORRECTION, correction))
     return {f"{name}.{leaf}": buffer for name, part in parts for leaf, buffer in part.named_buffers()}
+
+
+def _check_not_cast(tensors: Mapping[str, Tensor]) -> None:
+    """Raises: UsageError if a scale has another dtype than float32, which no one could load."""
+    parts = ("_quantizer.", ".equalizer", f"{BYPASS}.", f"{CORRECTION}.")
+    ours = {name: tensor.dtype for name, tensor in tensors.items() if any(part in name for part in parts)}
+    if cast := [name for name, dtype in ours.items() if dtype.is_floating_point and dtype != torch.float32]:
+        raise UsageError(
+            f"{cast[0]} and others were cast to {ours[cast[0]]}, and their digits are lost: load the checkpoint again, and ask for a "
+            "dtype there (from_pretrained(..., torch_dtype=...))"
+        )
 
 
 class TcaqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
@@ -146,10 +158,11 @@ class TcaqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What is saved. Raises: UsageError if a pickle is asked for, or adapters are loaded."""
+        """What is saved. Raises: UsageError if a pickle is asked for, adapters are loaded, or scales were cast."""
         if not safe_serialization:
             raise UsageError("a quantized model is saved as safetensors only; leave out safe_serialization=False")
         check_unloaded(state_dict)
+        _check_not_cast(state_dict)
         return state_dict, Seal.of(state_dict, self.quantization_config.to_dict()).metadata()
 
     def _dequantize(self, model: Any) -> Any:
