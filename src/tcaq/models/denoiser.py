@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 from diffusers import DiffusionPipeline
@@ -51,20 +51,17 @@ def _timestep_position(denoiser: nn.Module) -> int:
     return names.index("timestep")
 
 
-def _tick(position: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-    # the position is looked up once: reading a signature inside forward would break torch.compile's graph
-    def tick(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        timestep = args[position] if len(args) > position else kwargs["timestep"]
-        clock_of(denoiser).set(cast(Tensor, timestep))
-
-    return tick
+def _tick(position: int, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Set the clock. Args: position: of the timestep, looked up before: reading a signature here would break torch.compile's graph."""
+    timestep = args[position] if len(args) > position else kwargs["timestep"]
+    clock_of(denoiser).set(cast(Tensor, timestep))
 
 
 def attach_clock(denoiser: nn.Module, groups: StepGroups) -> StepClock:
     """Add a clock to the denoiser, set before each of its forward passes."""
     clock = StepClock(groups)
     denoiser.add_module(CLOCK, clock)
-    denoiser.register_forward_pre_hook(_tick(_timestep_position(denoiser)), with_kwargs=True)
+    denoiser.register_forward_pre_hook(partial(_tick, _timestep_position(denoiser)), with_kwargs=True)
     return clock
 
 
