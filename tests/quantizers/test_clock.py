@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tcaq.quantizers.clock import StepClock
@@ -44,3 +45,10 @@ def test_casting_the_model_does_not_move_the_boundaries() -> None:
     clock.set(torch.tensor([979, 980]))
     assert clock.group.tolist() == [2, 3]
     assert list(clock.state_dict()) == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+def test_a_table_may_be_on_another_device() -> None:
+    clock = StepClock(GROUPS)
+    clock.set(torch.tensor([999, 0], device="cuda"))
+    assert clock.row(torch.arange(4.0), 1).tolist() == [3, 0]

@@ -34,5 +34,5 @@ class StepClock(nn.Module):
 
     def row(self, table: Tensor, dims: int) -> Tensor:
         """The rows of a table [groups] for the running batch, shaped [batch or 1, 1, ...] with `dims` dimensions."""
-        rows = table if self.count == 1 else table[self.group]
+        rows = table if self.count == 1 else table[self.group.to(table.device)]
         return rows.reshape(-1, *[1] * (dims - 1))
