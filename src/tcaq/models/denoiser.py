@@ -52,7 +52,7 @@ def _timestep_position(denoiser: nn.Module) -> int:
 
 
 def _tick(position: int, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Set the clock. Args: position: of the timestep, looked up before: reading a signature here would break torch.compile's graph."""
+    """Set the clock. Args: position: of the timestep; reading a signature here would break torch.compile's graph."""
     timestep = args[position] if len(args) > position else kwargs["timestep"]
     clock_of(denoiser).set(cast(Tensor, timestep))
 

@@ -53,8 +53,8 @@ def _check_not_cast(tensors: Mapping[str, Tensor]) -> None:
     ours = {name: tensor.dtype for name, tensor in tensors.items() if any(part in name for part in parts)}
     if cast := [name for name, dtype in ours.items() if dtype.is_floating_point and dtype != torch.float32]:
         raise UsageError(
-            f"{cast[0]} and others were cast to {ours[cast[0]]}, and their digits are lost: load the checkpoint again, and ask for a "
-            "dtype there (from_pretrained(..., torch_dtype=...))"
+            f"{cast[0]} and others were cast to {ours[cast[0]]}, and their digits are lost: load the checkpoint again, and ask "
+            "for a dtype there (from_pretrained(..., torch_dtype=...))"
         )
 
 
