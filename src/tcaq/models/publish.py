@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError  # type: ignore[attr-defined]
 
 from tcaq.errors import ModelError
 
@@ -24,7 +24,12 @@ def publish(folder: Path, repository: str, *, private: bool = False) -> str:
         done = hub.upload_folder(
             folder_path=folder, repo_id=repository, ignore_patterns=LEFT_OUT, commit_message="Quantized with tcaq"
         )
-    except (OSError, HfHubHTTPError, LocalTokenNotFoundError, ValueError) as error:
+    except (
+        OSError,
+        HTTPError,
+        LocalTokenNotFoundError,
+        ValueError,
+    ) as error:  # HTTPError: whichever client the Hub's has
         raise ModelError(
             f"cannot upload to {repository!r} at {hub.endpoint}: {error}. Check the name, the connection, and that you are "
             "logged in with the right to write there"
