@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ from tcaq.checkpoint import describe
 from tcaq.cli import app
 from tcaq.errors import ModelError, UsageError
 from tcaq.layers.processors import is_attention
+from tcaq.models.card import card, metadata_of
 from tcaq.models.denoiser import find_denoiser
 from tcaq.models.load import load_pipeline
 from tcaq.models.prompting import resolve_conditions
@@ -95,6 +99,28 @@ def test_push_uploads_the_checkpoint_and_leaves_the_run(folders, monkeypatch):
     broken = CliRunner().invoke(app, ["push", str(folders / "float"), "owner/name"])
     assert broken.exit_code == 1
     assert "was not quantized by tcaq" in " ".join(broken.output.split())
+
+
+def test_without_a_network_push_says_so(folders):
+    command = [sys.executable, "-m", "tcaq", "push", str(folders / "w4a4"), "owner/name"]
+    nowhere = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_none"}
+    done = subprocess.run(command, env=nowhere, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 1
+    said = " ".join(done.stderr.split())
+    assert "cannot upload to 'owner/name' at http://127.0.0.1:9" in said
+    assert "Traceback" not in said
+
+
+def test_a_broken_card_of_the_original_stops_nothing(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: [mit\nbase_model: {\n---\n")
+    assert metadata_of(str(tmp_path)) == {}
+
+
+def test_a_folder_that_moved_is_no_repository(folders, tmp_path):
+    pipe = tcaq.load(folders / "w4a4")
+    config = pipe.unet.config.quantization_config
+    assert "base_model:" not in card(pipe, config, str(tmp_path / "moved"), {})
+    assert "base_model: owner/name\n" in card(pipe, config, "owner/name", {})
 
 
 def test_a_hub_that_refuses_is_named(folders, monkeypatch):

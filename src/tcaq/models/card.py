@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCardData, hf_hub_download, metadata_load
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from tcaq.models.config import TcaqConfig
 
@@ -35,14 +37,19 @@ def metadata_of(source: str) -> dict[str, Any]:
     try:
         path = Path(source) / CARD if Path(source).is_dir() else Path(hf_hub_download(source, CARD))
         return dict(metadata_load(path) or {})
-    except (OSError, ValueError):
+    except (OSError, ValueError, YAMLError):
         return {}
+
+
+def is_repository(source: str) -> bool:
+    """Whether a source is the id of a repository, and no folder, be it one that is there no more."""
+    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source)) and not Path(source).exists()
 
 
 def card(pipe: DiffusionPipeline, config: TcaqConfig, source: str, known: dict[str, Any]) -> str:
     """The card's text. Args: source: folder or Hub id of the original; known: the fields of its card."""
     # a folder's path tells others nothing: what it was made from itself does
-    base = known.get("base_model") if Path(source).exists() or not source else source
+    base = source if is_repository(source) else known.get("base_model")
     recipe = config.recipe
     calibration = recipe.get("calibration", {})
     asked = calibration.get("conditions") or {}
