@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
@@ -17,6 +18,7 @@ from tcaq import checkpoint
 from tcaq.errors import CheckpointError
 from tcaq.layers.insert import insert
 from tcaq.layers.modes import floating
+from tcaq.models import integrity
 from tcaq.models.config import TcaqConfig
 from tcaq.models.denoiser import attach_clock
 from tcaq.models.units import default_plan, resolve
@@ -141,6 +143,23 @@ def test_damaged_json_is_reported(folder: Path, part: str) -> None:
     (folder / part).write_text((folder / part).read_text()[:40])
     with pytest.raises(CheckpointError, match=Path(part).name.replace(".", r"\.")):
         checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("weight_map", [{}, [1], 3, {"conv_in.bias": 1}, None])
+def test_a_damaged_index_is_reported(pipe: DDIMPipeline, folder: Path, weight_map: Any) -> None:
+    checkpoint.save(pipe, folder, max_shard_size="40KB")
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for read in (checkpoint.verify, checkpoint.load):
+        with pytest.raises(CheckpointError, match="weight_map names no files"):
+            read(folder)
+
+
+def test_loading_reads_every_byte_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[Tensor] = []
+    own = integrity.tensor_checksum
+    monkeypatch.setattr(integrity, "tensor_checksum", lambda tensor: hashed.append(tensor) or own(tensor))
+    checkpoint.load(folder)
+    assert len(hashed) == len(load_file(folder / WEIGHTS))
 
 
 def test_every_flipped_bit_is_found_or_harmless(folder: Path) -> None:

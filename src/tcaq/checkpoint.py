@@ -23,7 +23,7 @@ from tcaq.models.class_names import keep_class_names
 from tcaq.models.config import QuantMethod, TcaqConfig
 from tcaq.models.denoiser import COMPONENTS
 from tcaq.models.integrity import REMEDY, Seal, check_names
-from tcaq.models.load import missing_extra
+from tcaq.models.load import UNREADABLE, missing_extra
 from tcaq.models.quantizer import TcaqQuantizer, drop_float_weights, register
 
 INDEX = "model_index.json"
@@ -109,14 +109,14 @@ def _sync(path: Path) -> None:
 
 
 def load(folder: Path | str, dtype: torch.dtype | None = None) -> DiffusionPipeline:
-    """Load a pipeline that `save` or `save_pretrained` wrote, after `verify`.
+    """Load a pipeline that `save` or `save_pretrained` wrote, with the checks of `verify`.
 
     Args: dtype: of everything that is not quantized; by default as it was saved.
     Raises: CheckpointError saying which file is damaged and what to do.
     """
     register()
     folder = Path(folder)
-    verify(folder)
+    _sealed(folder)  # the bytes of the tensors are checked while they are read
     recorded = describe(folder)[1].torch_dtype
     # the parts around a denoiser in half precision must be in it, too
     asked = dtype or (recorded if recorded != torch.float32 else None)
@@ -127,7 +127,7 @@ def load(folder: Path | str, dtype: torch.dtype | None = None) -> DiffusionPipel
         raise
     except ImportError as error:
         raise missing_extra(error) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{folder} cannot be loaded: {error}. {REMEDY}") from error
 
 
@@ -154,10 +154,7 @@ def verify(folder: Path) -> None:
 
     Raises: CheckpointError naming the file or tensor that is missing or damaged.
     """
-    name, config = describe(folder)
-    files = _weight_files(folder / name)
-    seal = Seal.read(files)
-    seal.check_config(config.checksum)
+    files, seal = _sealed(folder)
     found: list[str] = []
     for file in files:
         tensors = load_file(file)
@@ -166,11 +163,23 @@ def verify(folder: Path) -> None:
     check_names(found, seal.tensors)
 
 
+def _sealed(folder: Path) -> tuple[list[Path], Seal]:
+    """The denoiser's files, which belong together and to its config, and what they should hold."""
+    name, config = describe(folder)
+    files = _weight_files(folder / name)
+    seal = Seal.read(files)
+    seal.check_config(config.checksum)
+    return files, seal
+
+
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
         return [folder / SAFETENSORS_WEIGHTS_NAME]
-    return [folder / shard for shard in sorted(set(_read(index).get("weight_map", {}).values()))]
+    shards = _read(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
+        raise CheckpointError(f"{index} is damaged: its weight_map names no files. {REMEDY}")
+    return [folder / shard for shard in sorted(set(shards.values()))]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -10,15 +10,18 @@ from typing import cast
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub.constants import ENDPOINT
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from tcaq.errors import MissingExtraError, ModelError, NumericalError, TcaqError
+from tcaq.models.config import QuantMethod, TcaqConfig
 from tcaq.models.denoiser import COMPONENTS
 from tcaq.models.offload import state_of
 
 FULL_PRECISION = ("DDIMPipeline", "DDPMPipeline", "LDMPipeline")
 """Pipelines that draw their noise, or put out their images, in float32 alone."""
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
+"""What diffusers raises over files that are damaged, missing, or of another version."""
 
 
 def load_pipeline(model: str, dtype: torch.dtype | None = None) -> DiffusionPipeline:
@@ -32,15 +35,40 @@ def load_pipeline(model: str, dtype: torch.dtype | None = None) -> DiffusionPipe
         raise ModelError(f"{model!r} exists but is no diffusers pipeline directory: it has no model_index.json")
     try:
         place = folder if folder.exists() else Path(DiffusionPipeline.download(model))
-        return cast(DiffusionPipeline, DiffusionPipeline.from_pretrained(model, dtype=dtype or stored_dtype(place)))
+        pipe = cast(DiffusionPipeline, DiffusionPipeline.from_pretrained(model, dtype=dtype or stored_dtype(place)))
+    except TcaqError:
+        raise
     except ImportError as error:
         raise missing_extra(error) from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except UNREADABLE as error:
         tried = "a local directory" if folder.exists() else f"a local directory (there is none) and an id at {ENDPOINT}"
         raise ModelError(
             f"cannot load {model!r}, tried as {tried}: {error}. Check the name and the connection, or give the directory of a "
-            "downloaded pipeline"
+            f"downloaded pipeline{_variants(folder)}"
         ) from error
+    _check_complete(pipe)
+    return pipe
+
+
+def _variants(folder: Path) -> str:
+    """A hint, if a folder's denoiser is there in variants alone."""
+    files = [path for name in COMPONENTS for path in (folder / name).glob("*.safetensors")]
+    names = {path.name.removesuffix(".safetensors").partition(".")[2] for path in files}
+    if not names or "" in names:
+        return ""
+    return (
+        f". Its files are those of the variant {min(names)!r}: load it in Python with variant={min(names)!r}, save it with "
+        "save_pretrained, and give that directory"
+    )
+
+
+def _check_complete(pipe: DiffusionPipeline) -> None:
+    """Raises: ModelError naming weights that no file had; diffusers warns of them and goes on."""
+    for name, part in pipe.components.items():
+        state = part.state_dict() if isinstance(part, nn.Module) else {}
+        if missing := [key for key, tensor in state.items() if tensor.is_meta]:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise ModelError(f"the files of {name} lack {missing[0]}{more}: download or copy the model again")
 
 
 def missing_extra(error: ImportError) -> TcaqError:
@@ -49,7 +77,11 @@ def missing_extra(error: ImportError) -> TcaqError:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of a pipeline's denoiser on disk if it is half precision and the pipeline runs in it, else float32."""
+    """The dtype of a denoiser on disk if it is half precision and its pipeline runs in it, else float32; a checkpoint records it."""
+    for path in (folder / name / "config.json" for name in COMPONENTS):
+        config = json.loads(path.read_text()).get("quantization_config") if path.is_file() else None
+        if config and config.get("quant_method") == QuantMethod.TCAQ.value:
+            return cast(TcaqConfig, TcaqConfig.from_dict(config)).torch_dtype
     index = json.loads((folder / "model_index.json").read_text())
     if index.get("_class_name") in FULL_PRECISION:
         return torch.float32
