@@ -77,7 +77,7 @@ def missing_extra(error: ImportError) -> TcaqError:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of a denoiser on disk if it is half precision and its pipeline runs in it, else float32; a checkpoint records it."""
+    """The dtype of a denoiser on disk if it is half precision and its pipeline runs in it, else float32; checkpoints record it."""
     for path in (folder / name / "config.json" for name in COMPONENTS):
         config = json.loads(path.read_text()).get("quantization_config") if path.is_file() else None
         if config and config.get("quant_method") == QuantMethod.TCAQ.value:
