@@ -25,6 +25,7 @@ from tcaq.models.denoiser import COMPONENTS
 from tcaq.models.integrity import REMEDY, Seal, check_names
 from tcaq.models.load import UNREADABLE, missing_extra
 from tcaq.models.quantizer import TcaqQuantizer, drop_float_weights, register
+from tcaq.records import flush
 
 INDEX = "model_index.json"
 STAGING = ".saving-"
@@ -86,26 +87,17 @@ def _publish(staging: Path, folder: Path) -> None:
     for path in staging.rglob("*.safetensors"):
         _order_metadata(path)
     for path in staging.rglob("*"):
-        _sync(path)
+        flush(path)
     (folder / INDEX).unlink(missing_ok=True)
-    _sync(folder)
+    flush(folder)
     for part in sorted(staging.iterdir(), key=lambda path: path.name == INDEX):
         target = folder / part.name
         if target.is_dir():
             shutil.rmtree(target)
         if part.name == INDEX:
-            _sync(folder)
+            flush(folder)
         os.replace(part, target)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    """Have the disk hold a file or folder before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(folder)
 
 
 def load(folder: Path | str, dtype: torch.dtype | None = None) -> DiffusionPipeline:

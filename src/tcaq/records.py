@@ -115,9 +115,9 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, path)
-        _flush(path.parent)  # the new name, too
+        flush(path.parent)  # the new name, too
     except (OSError, SafetensorError) as error:
         raise RunError(f"{path} cannot be written ({error}). {_remedy(error)}") from error
     finally:
@@ -125,7 +125,7 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on disk."""
     if path.is_dir() and os.name == "nt":
         return  # Windows cannot open folders
