@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, cast
 
 import diffusers
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DiffusionPipeline, SchedulerMixin
+from diffusers import ConfigMixin, DDIMPipeline, DDIMScheduler, DDPMPipeline, DiffusionPipeline, SchedulerMixin
 
 from tcaq.errors import UsageError
 
@@ -20,7 +21,9 @@ def use_scheduler(pipe: DiffusionPipeline, name: str | None) -> DiffusionPipelin
     if name is None:
         return pipe
     kind: Any = getattr(diffusers, name, None)
-    if not isinstance(kind, type) or not issubclass(kind, SchedulerMixin):
+    if needs := vars(kind).get("_backends") if isinstance(kind, type) else None:
+        raise UsageError(f"scheduler {name!r} needs packages that are not all installed: {', '.join(needs)}")
+    if not isinstance(kind, type) or not issubclass(kind, SchedulerMixin) or not issubclass(kind, ConfigMixin):
         raise UsageError(
             f"scheduler {name!r}: diffusers has none of that name; it has DDIMScheduler, EulerDiscreteScheduler, "
             "DPMSolverMultistepScheduler, PNDMScheduler and others"
@@ -49,18 +52,23 @@ def _check_plain(scheduler: Any, pipeline: str) -> None:
         )
 
 
+def _is_flow(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler is one of flow matching: a kind of its own, or another that was told so."""
+    told = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    return name.startswith("FlowMatch") or bool(told)
+
+
 def _flow_settings(before: Any, kind: type) -> dict[str, Any]:
     """What a scheduler has to be told beside its config when a flow-matching model changes to it."""
-    was, becomes = (name.startswith("FlowMatch") for name in (type(before).__name__, kind.__name__))
-    if was == becomes:
+    was, becomes = _is_flow(type(before).__name__, before.config), _is_flow(kind.__name__, {})
+    if not was and not becomes:
         return {}
+    shift = before.config.get("flow_shift", before.config.get("shift", 1.0))
+    if was and becomes:
+        return {"shift": shift}
     if becomes or "use_flow_sigmas" not in inspect.signature(kind).parameters:
         raise UsageError(
             f"scheduler {kind.__name__!r} does not suit a model of {type(before).__name__}: one of them is of flow matching, "
             "the other is not"
         )
-    return {
-        "use_flow_sigmas": True,
-        "prediction_type": "flow_prediction",
-        "flow_shift": before.config.get("shift", 1.0),
-    }
+    return {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
