@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from tcaq.errors import UsageError
 from tcaq.spec.base import Spec
+from tcaq.spec.conditions import Conditions
 from tcaq.spec.grid import AdaptiveGrid, AffineGrid, Grid, Log2Grid, UnitGrid
 from tcaq.spec.plan import LayerGrids, Plan, ResolvedPlan, Rule
 from tcaq.spec.recipe import Alignment, Calibration, Daq, NetworkFit, RangeSearch, Recipe, Reconstruction, Tcr
@@ -177,3 +178,8 @@ def test_octaves_say_how_dense_a_log2_grid_is(bits: int, expected: int) -> None:
     assert Daq(octaves=None).per_octave(bits) == 1
     name = f"daq{bits}" if expected == 1 else f"daq{bits}x{expected}"
     assert str(AdaptiveGrid(bits=bits, per_octave=expected)) == name
+
+
+def test_a_mark_at_the_head_of_a_file_is_no_part_of_its_first_prompt(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\n", encoding="utf-8-sig")
+    assert Conditions.with_prompts_of(tmp_path / "prompts.txt").prompts == ("a cat",)

@@ -43,7 +43,7 @@ class Conditions(Spec):
         if path is None:
             return cls.parse(others, where="conditions")
         try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(
                 f"cannot read prompts from {path}: {error}; give a text file with one prompt a line"
