@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, DDIMScheduler, DiffusionPipeline
 from torch import nn
 
 from tcaq.errors import ModelError, NumericalError
-from tcaq.models.denoiser import attach_clock, clock_of, find_denoiser
+from tcaq.models.denoiser import attach_clock, bind, clock_of, find_denoiser
+from tcaq.models.prompting import resolve_conditions
 from tcaq.models.sampler import Trajectories, predict, record, recording, sample
 from tcaq.models.seeds import image_seeds
 from tcaq.spec.steps import StepGroups
@@ -86,3 +87,24 @@ def test_sample_shapes_and_recording_leaves_no_hook(tiny_pipeline):
 def test_unknown_denoiser_signature_is_refused():
     with pytest.raises(ModelError, match="takes no `timestep`"):
         attach_clock(nn.Linear(2, 2), StepGroups())
+
+
+def test_a_compiled_denoiser_is_refused_with_what_to_do(tiny_pipeline):
+    pipe = tiny_pipeline()
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    with pytest.raises(ModelError, match=r"quantize before torch\.compile"):
+        attach_clock(pipe.unet, StepGroups())
+    with pytest.raises(ModelError, match=r"quantize before torch\.compile"):
+        bind(pipe.unet, (torch.zeros(1, 1, 16, 16), 5), {})
+
+
+def test_sampling_leaves_the_progress_bar_as_it_was(tiny_pipeline):
+    pipe = tiny_pipeline()
+    pipe.set_progress_bar_config(desc="mine")
+    sample(pipe, [1], 1)
+    assert pipe._progress_bar_config == {"desc": "mine"}
+
+
+def test_labels_are_for_models_that_know_classes(tiny_pipeline):
+    unet = tiny_pipeline().unet
+    assert resolve_conditions(ConsistencyModelPipeline(unet, CMStochasticIterativeScheduler())).labels == ()

@@ -40,14 +40,21 @@ def find_denoiser(pipe: DiffusionPipeline) -> tuple[str, nn.Module]:
 
 
 def bind(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of one forward pass by name; pipelines pass the timestep by position or by keyword."""
+    """The arguments of one forward pass by name; pipelines pass the timestep by position or by keyword.
+
+    Raises: ModelError if the signature does not tell, which one of torch.compile hides.
+    """
+    _timestep_position(denoiser)
     return dict(inspect.signature(denoiser.forward).bind(*args, **kwargs).arguments)
 
 
 def _timestep_position(denoiser: nn.Module) -> int:
     names = list(inspect.signature(denoiser.forward).parameters)
     if "timestep" not in names:
-        raise ModelError(f"{type(denoiser).__name__}.forward takes no `timestep`; its arguments are {', '.join(names)}")
+        hint = "; quantize before torch.compile" if hasattr(denoiser, "_orig_mod") else ""
+        raise ModelError(
+            f"{type(denoiser).__name__}.forward takes no `timestep`; its arguments are {', '.join(names)}{hint}"
+        )
     return names.index("timestep")
 
 

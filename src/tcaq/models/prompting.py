@@ -76,6 +76,9 @@ def _labels(pipe: DiffusionPipeline) -> tuple[int, ...]:
         config = find_denoiser(pipe)[1].config
         count = getattr(config, "num_embeds_ada_norm", None) or getattr(config, "num_class_embeds", None)
         if not isinstance(count, int):
+            argument = inspect.signature(pipe.__call__).parameters["class_labels"]
+            if argument.default is None and getattr(find_denoiser(pipe)[1], "class_embedding", None) is None:
+                return ()  # a pipeline for models with classes and without them
             raise UsageError(f"{type(pipe).__name__} does not say how many classes it knows: give labels")
         known = list(range(count))
     return tuple(dict.fromkeys(known[i * len(known) // CLASSES] for i in range(CLASSES)))

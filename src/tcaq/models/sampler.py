@@ -40,7 +40,8 @@ def sample(
     options = call_options(pipe, asked, range(first, first + len(seeds))) | options
     if "batch_size" in inspect.signature(pipe.__call__).parameters:
         options["batch_size"] = len(seeds)
-    pipe.set_progress_bar_config(disable=True)
+    shown = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(**shown | {"disable": True})
     try:
         with holding_weights(find_denoiser(pipe)[1]):
             result = pipe(generator=generators(seeds), num_inference_steps=steps, output_type="np", **options)
@@ -50,6 +51,8 @@ def sample(
         raise ModelError(
             f"diffusers' {type(pipe).__name__} does not run in half precision ({error}); load it in float32"
         ) from error
+    finally:
+        pipe.set_progress_bar_config(**shown)
     images = torch.from_numpy(result.images).permute(0, 3, 1, 2)
     return images.mul(255).round().to(torch.uint8)
 
