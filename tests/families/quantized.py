@@ -34,7 +34,8 @@ def _made(name: str, bits: int, dtype: torch.dtype, options: tuple[str, ...]) ->
     denoiser = find_denoiser(pipe)[1]
     trajectories = record(pipe, (1, 2), 2, resolve_conditions(pipe, conditions_of(name)))[1]
     groups = StepGroups.of("per-step", trajectories.timesteps.tolist())
-    plan = resolve(denoiser, default_plan(denoiser, bits, bits, **dict.fromkeys(options, True)))
+    chosen = {option.removeprefix("no "): not option.startswith("no ") for option in options}
+    plan = resolve(denoiser, default_plan(denoiser, bits, bits, **chosen))
     insert(denoiser, plan, attach_clock(denoiser, groups))
     ranges = observe(denoiser, trajectories, SEARCH.values, 32, 0)
     apply_weight_scales(denoiser, scale_weights(denoiser, ranges, SEARCH))
@@ -50,7 +51,10 @@ def _made(name: str, bits: int, dtype: torch.dtype, options: tuple[str, ...]) ->
 def quantized_of(
     name: str, *options: str, bits: int = 4, dtype: torch.dtype = torch.float32
 ) -> tuple[DiffusionPipeline, Trajectories]:
-    """A family's pipeline, calibrated and packed, and the calls it was calibrated on. Args: options: of `default_plan`."""
+    """A family's pipeline, calibrated and packed, and the calls it was calibrated on.
+
+    Args: options: of `default_plan`; "no" before one turns it off.
+    """
     pipe, trajectories = _made(name, bits, dtype, options)
     component = find_denoiser(pipe)[0]
     own: dict[str, Any] = {component: copy.deepcopy(getattr(pipe, component))}

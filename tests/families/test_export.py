@@ -111,6 +111,16 @@ def test_grids_for_each_token_are_exported(form, tmp_path):
 
 
 @torch.no_grad()
+def test_products_that_stay_float_are_exported_at_any_size(tmp_path):
+    pytest.importorskip("onnxruntime")
+    pipe, _ = quantized_of("flux", "no products")
+    tcaq.export_onnx(pipe, tmp_path / "exported")
+    call = other_size("flux", first_call(pipe))
+    found, expected = (call(find_denoiser(p)[1]) for p in (tcaq.load_onnx(tmp_path / "exported"), pipe))
+    near(found, expected, "onnx")
+
+
+@torch.no_grad()
 def test_a_class_in_no_table_is_exported_with_a_free_batch_alone(tmp_path):
     pytest.importorskip("onnxruntime")
     pipe, trajectories = quantized_of("dit")

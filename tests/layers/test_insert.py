@@ -196,7 +196,7 @@ def test_what_the_plan_keeps_in_float_computes_in_float() -> None:
     assert torch.equal(product(left, right), left @ right)
     nothing, _ = inserted(Plan(rules=(Rule(match="*", reason="all float"),)))
     x = torch.randn(2, 1, 8, 8)
-    torch.testing.assert_close(nothing(x, 5).sample, build()(x, 5).sample, rtol=1e-5, atol=1e-5)
+    assert torch.equal(nothing(x, 5).sample, build()(x, 5).sample)
 
 
 def test_products_equal_products_of_explicitly_quantized_operands() -> None:
@@ -248,6 +248,33 @@ def test_explicit_attention_is_diffusers_attention(cross: bool, masked: bool, sc
     with observing(holder):
         actual = attention(hidden, encoder_hidden_states=context, attention_mask=mask)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_scores_beyond_the_largest_half_are_those_of_fused_attention() -> None:
+    torch.manual_seed(0)
+    attention = Attention(query_dim=64, heads=1, dim_head=64).eval().half()
+    for layer in (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]):
+        layer.weight.copy_(torch.eye(64))
+    hidden = (40 * torch.randn(1, 6, 64)).half()  # a token meets itself in 64 * 40^2, more than float16 holds
+    expected = attention(hidden)
+    holder = nn.ModuleDict({"attn": attention})
+    insert(holder, EVERYTHING.resolve(list_layers(holder)), StepClock(StepGroups()))
+    with observing(holder):
+        torch.testing.assert_close(attention(hidden), expected, rtol=2e-3, atol=2e-3)
+    calibrate(holder, lambda: attention(hidden))
+    assert float((attention(hidden) - expected).norm() / expected.norm()) < 0.02
+
+
+@torch.no_grad()
+def test_attention_whose_products_stay_float_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet, _ = inserted(Plan(rules=(Rule(match="*", kinds=("scores", "mix"), reason="products stay float here"),
+                                   Rule(match="*", weight=EIGHT, input=EIGHT))))  # fmt: skip
+    monkeypatch.setattr(QuantizedProduct, "forward", lambda *_: pytest.fail("a product was made by itself"))
+    x = torch.randn(2, 1, 8, 8)
+    for mode in Mode:
+        with running(unet, mode):
+            unet(x, 300)
 
 
 @torch.no_grad()

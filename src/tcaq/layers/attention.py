@@ -7,7 +7,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tcaq.layers.modes import Mode
 from tcaq.layers.product import QuantizedProduct
 
 SCORES, MIX = "scores", "mix"
@@ -15,7 +14,7 @@ SCORES, MIX = "scores", "mix"
 
 def runs_float(attn: nn.Module) -> bool:
     """Whether an attention takes the original arithmetic now."""
-    return all(cast(QuantizedProduct, getattr(attn, name)).mode is Mode.FLOAT for name in (SCORES, MIX))
+    return all(cast(QuantizedProduct, getattr(attn, name)).is_float for name in (SCORES, MIX))
 
 
 def attend(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
@@ -25,7 +24,7 @@ def attend(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, mask:
     Returns: float [batch, tokens, heads * dim].
     """
     products = cast(Any, attn)
-    scores = products.scores(q, k.transpose(-1, -2)) * scale
+    scores = products.scores(q, k.transpose(-1, -2), scale=scale)
     if mask is not None:
         scores = scores + mask
     half = scores.dtype in (torch.float16, torch.bfloat16)  # whose few digits a sum over many tokens would lose

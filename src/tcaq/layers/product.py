@@ -44,14 +44,21 @@ class QuantizedProduct(Moded, nn.Module):
         )
 
     @property
+    def is_float(self) -> bool:
+        """Whether the original arithmetic, fused, gives what this gives now; a traced graph would freeze sizes in it."""
+        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        return self.mode is Mode.FLOAT or not (self.operands or tracing)
+
+    @property
     def operands(self) -> dict[str, OperandQuantizer]:
         """The quantizers of this layer's inputs, by operand name."""
         if self.left_quantizer is None or self.right_quantizer is None:
             return {}
         return {"left": self.left_quantizer, "right": self.right_quantizer}
 
-    def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        """The product, in the operands' dtype."""
+    def forward(self, left: Tensor, right: Tensor, *, scale: float = 1.0) -> Tensor:
+        """`left @ right * scale`, in the operands' dtype."""
         if self.mode is Mode.FAKE and self.left_quantizer is not None and self.right_quantizer is not None:
             left, right = self.left_quantizer(left), self.right_quantizer(right)
-        return torch.matmul(left, right)
+        # scaled before it grows: a product of queries and keys may be more than float16 holds
+        return torch.matmul(left if scale == 1 else left * scale, right)
