@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import conv2d, linear
 
 from tcaq.numerics.affine import code_range, fake_quantize, qparams
-from tcaq.numerics.equalize import predicted_noise, tcr_vector
+from tcaq.numerics.equalize import predicted_noise, shared_worth, tcr_vector
 
 
 def looped(maxima: list[list[float]], truncate: float) -> list[float]:
@@ -103,5 +103,6 @@ def test_predicted_noise_is_what_rounding_adds(weight_bits: int, input_bits: int
         error = rounded @ taps - weight.flatten(1).double() @ real
         measured += float(error.square().mean(1).sum()) / len(steps)
 
-    found = predicted_noise(weight, r, low, high, squares, weight_bits=weight_bits, input_bits=input_bits)
+    worth = shared_worth(low, high, r, input_bits)
+    found = predicted_noise(weight, r, worth, squares, weight_bits=weight_bits)
     assert found == pytest.approx(measured, rel=0.15)

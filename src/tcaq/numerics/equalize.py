@@ -29,26 +29,32 @@ def tcr_vector(maxima: Tensor, *, percentile: float, truncate: float, strength: 
     return joint.clamp(1.0, truncate).pow(strength).float()
 
 
-def predicted_noise(
-    weight: Tensor, vector: Tensor, low: Tensor, high: Tensor, squares: Tensor, *, weight_bits: int, input_bits: int
-) -> float:
+def shared_worth(low: Tensor, high: Tensor, vector: Tensor, bits: int) -> Tensor:
+    """What a code of an input is worth at each step where one grid serves all channels, in units of x / r: float32 [steps].
+
+    Args: low, high: ends of each channel's values, float [steps, channels]; vector: r, float [channels].
+    """
+    reach = (high.float() / vector).amax(dim=1).clamp(min=0) - (low.float() / vector).amin(dim=1).clamp(max=0)
+    worth: Tensor = reach / (2**bits - 1)
+    return worth
+
+
+def predicted_noise(weight: Tensor, vector: Tensor, worth: Tensor, squares: Tensor, *, weight_bits: int) -> float:
     """What rounding is expected to add to a layer's output with a TCR vector, summed over output channels, the mean over steps.
 
-    Ranges count as min-max, errors as independent. An error is even within a code's worth, `s_t r[c]` for an input of channel c,
-    which meets all weights of c, and `s_o / r[c]` for a weight, which meets the input's mean square. None is larger than the
-    value itself, which is what is left where everything rounds to zero.
+    Ranges of weights count as min-max, errors as independent. An error is even within a code's worth, `s_t r[c]` for an input of
+    channel c, which meets all weights of c, and `s_o / r[c]` for a weight, which meets the input's mean square. None is larger than
+    the value itself, which is what is left where everything rounds to zero.
 
-    Args: weight: float [out, channels, ...]; vector: r, float [channels]; low, high, squares: ends of each channel's values and
-        their mean square at each step, float [steps, channels].
+    Args: weight: float [out, channels, ...]; vector: r, float [channels]; worth: s_t, of a code of x / r, float [steps];
+        squares: mean square of each channel's values, float [steps, channels].
     """
     # single precision: weights of large layers are gigabytes in double
     r, w = vector.float(), weight.float().reshape(*weight.shape[:2], -1)
-    reach = (high.float() / r).amax(dim=1).clamp(min=0) - (low.float() / r).amin(dim=1).clamp(max=0)
     scaled = w * r[:, None]
     weight_reach = scaled.amax(dim=(1, 2)).clamp(min=0) - scaled.amin(dim=(1, 2)).clamp(max=0)
-    input_worth = reach[:, None] * r / (2**input_bits - 1)
     weight_worth = weight_reach[:, None] / r / (2**weight_bits - 1)
     power = w.square().sum(dim=2)
-    input_error = (input_worth.square() / 12).minimum(squares).mean(dim=0)
+    input_error = ((worth[:, None] * r).square() / 12).minimum(squares).mean(dim=0)
     weight_error = (weight_worth.square() / 12 * w.shape[2]).minimum(power)
     return float((input_error * power).sum() + (weight_error * squares.mean(dim=0)).sum())

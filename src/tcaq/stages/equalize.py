@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from tcaq.layers.conv import QuantizedConv2d
 from tcaq.layers.insert import quantized_layers
 from tcaq.layers.weighted import QuantizedWeight
-from tcaq.numerics.equalize import predicted_noise, tcr_vector
+from tcaq.numerics.equalize import predicted_noise, shared_worth, tcr_vector
+from tcaq.quantizers.token import TokenQuantizer
 from tcaq.records import Record
 from tcaq.spec.recipe import Tcr
 from tcaq.stages.observe import channel_ends, channel_maxima, channel_squares
@@ -63,10 +64,21 @@ def chosen_vector(name: str, layer: QuantizedWeight, ranges: Record, spec: Tcr) 
 @torch.no_grad()
 def layer_noise(name: str, layer: QuantizedWeight, ranges: Record, vector: Tensor) -> float:
     """The noise that rounding is expected to add to a layer's output with a vector."""
-    return predicted_noise(
-        layer.float_weight(), vector, *channel_ends(ranges, name), channel_squares(ranges, name),
-        weight_bits=layer.weight_quantizer.grid.bits, input_bits=layer.input_quantizer.grid.bits,
-    )  # fmt: skip
+    worth, squares = input_worth(name, layer, ranges, vector), channel_squares(ranges, name)
+    bits = layer.weight_quantizer.grid.bits
+    return predicted_noise(layer.float_weight(), vector, worth, squares, weight_bits=bits)
+
+
+def input_worth(name: str, layer: QuantizedWeight, ranges: Record, vector: Tensor) -> Tensor:
+    """What a code of a layer's input is worth at each step with a vector, float32 [steps].
+
+    Tokens, each with a grid of its own, count with the root mean square over those that were sampled.
+    """
+    quantizer = layer.input_quantizer
+    if not isinstance(quantizer, TokenQuantizer):
+        return shared_worth(*channel_ends(ranges, name), vector, quantizer.grid.bits)
+    scale, _ = quantizer.grid_of(ranges.tensors[f"{name}|input|rows"], vector)
+    return scale.square().mean(dim=(1, 2)).sqrt()
 
 
 def apply_vectors(denoiser: nn.Module, record: Record) -> None:
