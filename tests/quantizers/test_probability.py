@@ -54,6 +54,13 @@ def test_gradients_pass_and_dtypes_are_kept(grid: ProbabilityGrid) -> None:
     assert quantizer(p.detach().bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(("grid", "other"), [(Log2Grid(bits=3), "_even"), (UnitGrid(bits=3), "_log2")], ids=str)
+def test_a_fixed_grid_alone_is_computed_where_the_choice_may_not_be_read(grid, other, monkeypatch) -> None:
+    monkeypatch.setattr(ProbabilityQuantizer, "_none", staticmethod(lambda _: False))  # another device, a traced graph
+    monkeypatch.setattr(ProbabilityQuantizer, other, lambda *_: pytest.fail("the other grid was computed as well"))
+    assert made(grid)(torch.rand(4, 8)).shape == (4, 8)
+
+
 def test_the_state_round_trips_strictly() -> None:
     quantizer, fresh = made(AdaptiveGrid(bits=4)), made(AdaptiveGrid(bits=4))
     quantizer.set_rows(torch.rand(3), torch.rand(3), torch.tensor([True, False, True]))

@@ -41,7 +41,7 @@ class ProbabilityQuantizer(nn.Module):
         use_log2 = self.clock.row(self.use_log2, p.dim())
         if self.grid.code == "unit" or self._none(use_log2):
             return self._even(p)
-        if self._none(~use_log2):
+        if self.grid.code == "log2" or self._none(~use_log2):
             return self._log2(p)
         return torch.where(use_log2, self._log2(p), self._even(p))
 
