@@ -80,6 +80,21 @@ def test_learned_step_sizes_are_folded_into_the_scale() -> None:
     assert list(quantizer.parameters()) == []
 
 
+def test_given_scales_are_followed_after_step_sizes_were_learned() -> None:
+    torch.manual_seed(0)
+    quantizer, x = made(), torch.randn(4, 5)
+    quantizer.begin_learning()
+    quantizer.end_learning()
+    scale = torch.tensor([0.2, 0.3, 0.4], requires_grad=True)
+    quantizer.follow(scale)
+    followed = quantizer(x)
+    followed.sum().backward()
+    assert scale.grad is not None
+    quantizer.log_gain = None
+    quantizer.set_rows(scale.detach(), quantizer.zero_point)
+    torch.testing.assert_close(followed.detach(), quantizer(x))
+
+
 def test_groups_that_no_sample_is_in_get_no_gradient() -> None:
     torch.manual_seed(0)
     quantizer = made()

@@ -70,13 +70,13 @@ class AffineQuantizer(nn.Module):
         self._gain_of = torch.arange(len(self.scale))
         self.log_gain = torch.log(scale / self.scale)
 
-    def begin_learning(self) -> list[nn.Parameter]:
+    def begin_learning(self) -> list[Tensor]:
         """Start to learn the step sizes; returns what an optimizer must own."""
         rows = torch.stack([self.scale, self.zero_point.to(self.scale.dtype)], dim=1)
         different, self._gain_of = torch.unique(rows, dim=0, return_inverse=True)
-        gain = nn.Parameter(self.scale.new_zeros(len(different)))
-        self.log_gain = gain
-        return [gain]
+        # no nn.Parameter: the name of one takes no plain tensor afterwards, which is what `follow` gives it
+        self.log_gain = self.scale.new_zeros(len(different)).requires_grad_()
+        return [self.log_gain]
 
     def end_learning(self) -> None:
         """Fold what was learned into `scale`."""
