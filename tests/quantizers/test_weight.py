@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tcaq.errors import NumericalError
 from tcaq.numerics.affine import qparams
 from tcaq.quantizers.weight import WeightQuantizer
 from tcaq.spec.grid import AffineGrid
@@ -91,6 +92,18 @@ def test_codes_beyond_the_neighbours_count_as_the_neighbour_on_their_side(grid: 
     quantizer.end_learning(weight)
     expected = found.maximum(below).minimum(below + 1).clamp(quantizer.low, quantizer.high)
     assert torch.equal(quantizer.integers().float(), expected)
+
+
+@pytest.mark.parametrize("grid", [AffineGrid(bits=8), AffineGrid(bits=8, signed=True), AffineGrid(bits=3)], ids=str)
+@pytest.mark.parametrize("wrong", [300.0, -129.0, float("nan")])
+def test_codes_that_do_not_fit_are_refused(grid: AffineGrid, wrong: float) -> None:
+    quantizer, weight, _, _ = made(grid)
+    before = quantizer.codes.clone()
+    codes = torch.zeros_like(weight)
+    codes[1, 0, 2, 1] = wrong
+    with pytest.raises(NumericalError, match=rf"codes from {quantizer.low} to {quantizer.high}"):
+        quantizer.set_integers(codes)
+    assert torch.equal(quantizer.codes, before)
 
 
 @pytest.mark.parametrize("grid", [AffineGrid(bits=3), AffineGrid(bits=8, signed=True)], ids=str)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
+from tcaq.errors import NumericalError
 from tcaq.numerics.affine import code_range, dequantize, quantize
-from tcaq.numerics.packing import pack, unpack
+from tcaq.numerics.packing import pack, packed_length, unpack
 from tcaq.numerics.rounding import hard_codes, initial_alpha, rounding_penalty, soft_round
 from tcaq.spec.grid import AffineGrid
 
@@ -32,7 +31,7 @@ class WeightQuantizer(nn.Module):
         self.low, self.high = code_range(grid.bits, grid.signed)
         self.alpha: nn.Parameter | None = None
         self.log_gain: nn.Parameter | None = None
-        self.register_buffer("codes", torch.zeros(math.ceil(shape.numel() * grid.bits / 8), dtype=torch.uint8))
+        self.register_buffer("codes", torch.zeros(packed_length(shape.numel(), grid.bits), dtype=torch.uint8))
         self.register_buffer("scale", torch.ones(shape[0]))
         self.register_buffer("zero_point", torch.zeros(shape[0], dtype=torch.int16))
 
@@ -53,6 +52,10 @@ class WeightQuantizer(nn.Module):
         return unpack(self.codes, self.grid.bits, self.shape).to(torch.int16) + self.low
 
     def _store(self, codes: Tensor) -> None:
+        if not bool(((codes >= self.low) & (codes <= self.high)).all()):  # NaN is neither
+            raise NumericalError(
+                f"a weight at {self.grid.bits} bits has codes from {self.low} to {self.high}; a number outside, or NaN, was given"
+            )
         self.codes.copy_(pack((codes - self.low).to(torch.uint8), self.grid.bits))
 
     def set_rows(self, scale: Tensor, zero_point: Tensor, weight: Tensor) -> None:
@@ -63,7 +66,10 @@ class WeightQuantizer(nn.Module):
         self._store(quantize(weight.float(), rows, zeros, self.low, self.high))
 
     def set_integers(self, codes: Tensor) -> None:
-        """Write codes that were found by other means than rounding to nearest: whole numbers in the weight's shape."""
+        """Write codes that were found by other means than rounding to nearest: whole numbers in the weight's shape.
+
+        Raises: NumericalError if one does not fit the grid.
+        """
         self._store(codes)
 
     def begin_learning(self, weight: Tensor, trust: float) -> list[nn.Parameter]:
