@@ -24,8 +24,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
 HEAD = (
-    "| {} | FD | ratio | KID | PSNR dB | SSIM | FD to float | quantizing, min | threads | vectors | peak, GiB |\n"
-    "|---|---|---|---|---|---|---|---|---|---|---|"
+    "| {} | FD | ratio | KID | PSNR dB | SSIM | FD to float | quantizing, min | threads | vectors | peak, GiB | code |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 PARTS = {
     "no-tcr": "without TCR",
@@ -36,6 +36,16 @@ PARTS = {
     "no-correction": "without the correction of predicted noise",
     "none": "without any of these: plain block reconstruction",
 }
+BY_STEPS = "the last fit by steps, not by bands; rows without `code` leave a part out of this"
+OLDER = {
+    "tcaq and its parts": (
+        ("tcaq", *PARTS),
+        "before the last fit weighed errors by band ([what that does](lab/fifth-trials.md))",
+    ),
+    "minmax": (("minmax",), "whose grids of attention probabilities covered a sample, not all of them"),
+    "apqdm": (("apqdm",), "that searched for groups with attention on grids that rounded it to zero at 4 and 6 bits"),
+}
+"""Cells from before commits were recorded that today's code would not make again."""
 WIDTHS = ("w8a8", "w6a6", "w4a8", "w4a4", "w3a4", "w2a4", "w4a3")
 CHECKPOINTS = {"w8a8": "W8A8", "w8a8-symmetric": "W8A8 with weights around zero", "w4a4": "W4A4"}
 
@@ -80,15 +90,29 @@ def quality(results: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:
         "another calibration seed would change is not in it); `FD to float` is the distance between both models' images. PSNR "
         "and SSIM compare images of the same seed. Several processes ran beside each other, a thread each, so that the minutes "
         "are not those of a machine with nothing else to do; those are [below](#what-the-presets-cost) once measured. `vectors`: "
-        "the instructions that the processor had, whose sums differ in order. Cells of `tcaq` and its parts were made before its "
-        "last fit weighed errors by band ([what that does](lab/fifth-trials.md)): under `network.balance` `steps`.",
+        "the instructions that the processor had, whose sums differ in order. `code`: the commit that a cell is of.",
         "",
+        *older(done),
         *glance(done, spread),
         *(line for bits in WIDTHS for line in width_table(bits, done, spread)),
     ]
     for bits in ("w6a6", "w4a4"):
         lines += ablation(f"What each part adds at {bits.upper()}", bits, done, spread)
     return [*lines, *longer(done, spread)]
+
+
+def older(done: Mapping[str, Any]) -> list[str]:
+    """Which cells are of recipes as they were before; empty if none is."""
+    lines = []
+    for text, (names, why) in OLDER.items():
+        found = [name for name, cell in done.items() if name.rpartition("-")[0] in names and "commit" not in cell]
+        if found:
+            lines.append(f"- {', '.join(f'`{name}`' for name in found)}: of {text} {why}.")
+    return (
+        ["Cells without `code` are older. Today's recipes would make some of them otherwise:", "", *lines, ""]
+        if lines
+        else []
+    )
 
 
 def longer(done: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:
@@ -133,7 +157,8 @@ def width_table(bits: str, done: Mapping[str, Any], spread: Mapping[str, Any]) -
 
 def ablation(title: str, bits: str, done: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:
     """The whole recipe at a width, and with each part left out; empty if none was."""
-    cells = {f"tcaq-{bits}": "the whole recipe"} | {f"{part}-{bits}": text for part, text in PARTS.items()}
+    cells = {f"tcaq-{bits}": "the whole recipe", f"steps-{bits}": BY_STEPS}
+    cells |= {f"{part}-{bits}": text for part, text in PARTS.items()}
     rows = [row(text, done[name], spread.get(name, {})) for name, text in cells.items() if name in done]
     if len(rows) < 2:
         return []
@@ -142,7 +167,8 @@ def ablation(title: str, bits: str, done: Mapping[str, Any], spread: Mapping[str
         for name, text in cells.items()
         if "more" in spread.get(name, {})
     ]
-    paired = [f"Ratio above the whole recipe's, image by image: {'; '.join(more)}.", ""] if more else []
+    whole = "that by steps" if f"steps-{bits}" in done else "the whole recipe"
+    paired = [f"Ratio above {whole}, image by image: {'; '.join(more)}.", ""] if more else []
     return [f"### {title}", "", HEAD.format("tcaq"), *rows, "", *paired]
 
 
@@ -229,7 +255,8 @@ def row(name: str, cell: Mapping[str, Any], spread: Mapping[str, float] | None =
     return (
         f"| {name} | {scores['quantized']['fd']:.2f} | {scores['ratio']['fd']:.3f}{error} | {scores['quantized']['kid']:.5f} "
         f"| {pair['psnr']:.2f} | {pair['ssim']:.3f} | {pair['fd_to_float']:.2f} "
-        f"| {minutes} | {cell['threads']} | {cell['vectors']} | {cell['quantize_peak_memory'] / 2**30:.2f} |"
+        f"| {minutes} | {cell['threads']} | {cell['vectors']} | {cell['quantize_peak_memory'] / 2**30:.2f} "
+        f"| {cell.get('commit', '')} |"
     )
 
 

@@ -84,9 +84,16 @@ def measure(name: str, options: list[str], args: argparse.Namespace) -> dict[str
         "quantize_seconds": round(made["seconds"], 1),
         "quantize_peak_memory": made["peak_memory"],
         "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
+        "commit": commit(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "evaluation": values,
     }
+
+
+def commit() -> str:
+    """The code that is running, as git names it."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
 def stored(args: argparse.Namespace) -> dict[str, Any]:
