@@ -209,6 +209,16 @@ def test_an_exported_folder_samples_and_is_evaluated_like_a_checkpoint(folders, 
     assert json.loads((tmp_path / "out.json").read_text())["paired"]["psnr"] > 10
 
 
+def test_an_export_for_vnni_is_written_where_it_cannot_run(folders, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr("tcaq.cli.export.has_vnni", lambda: False)
+    monkeypatch.setattr("tcaq.export.folder.has_vnni", lambda: False)
+    result = invoke("export", folders[0] / "w4a4", "--format", "onnx", "--output", tmp_path / "out", "--vnni")
+    assert result.exit_code == 0, result.output
+    assert "not compared: this processor has no VNNI" in " ".join(result.output.split())
+    assert (tmp_path / "out" / "unet" / "model.onnx").is_file()
+
+
 def test_evaluate_writes_every_key_and_resumes(folders, tmp_path, monkeypatch):
     root, _ = folders
     np.savez(tmp_path / "real.npz", mean=np.zeros(4), covariance=np.eye(4))

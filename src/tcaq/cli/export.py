@@ -11,6 +11,7 @@ import typer
 from tcaq.cli.app import app, console
 from tcaq.cli.models import open_quantized
 from tcaq.export import export_onnx, export_openvino, load_onnx, load_openvino, parity
+from tcaq.processor import has_vnni
 
 
 class Format(StrEnum):
@@ -41,4 +42,9 @@ def export_command(
     write(pipe, output, vnni)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     console.print(f"{output} written: {size / 2**20:.1f} MiB")
+    if vnni and has_vnni() is False:
+        console.print(
+            "its predictions were not compared: this processor has no VNNI instructions, which it is made for"
+        )
+        return
     console.print(f"its predictions against those of {folder}: {parity(pipe, read(output)):.0f} dB")
