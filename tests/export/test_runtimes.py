@@ -165,6 +165,9 @@ def test_a_damaged_or_foreign_folder_is_refused(folder, form, tmp_path, monkeypa
         READ[form](tmp_path)
     with pytest.raises(UsageError, match="is not empty and holds no export"):
         WRITE[form](None, Path(__file__).parent)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="is the current folder"):
+        WRITE[form](None, ".")
     card = json.loads((folder / CARD).read_text())
     file = folder / "unet" / sorted(card["sha256"])[0]
     whole = file.read_bytes()

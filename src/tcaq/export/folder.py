@@ -34,8 +34,12 @@ def write_folder(
 
     Args: form: name of the format; file: of the model, inside the denoiser's folder; write: exports a denoiser to a path; vnni: it
         will only run on processors with VNNI instructions.
-    Raises: UsageError if `folder` holds something else; ModelError if the denoiser cannot be exported: nothing is written then.
+    Raises: UsageError if `folder` holds something else or is the current one; ModelError if the denoiser cannot be exported:
+        nothing is written then.
     """
+    folder = folder.resolve()
+    if folder == Path.cwd():
+        raise UsageError(f"{folder} is the current folder, which an export would replace; name another one")
     if folder.exists() and any(folder.iterdir()) and not (folder / CARD).is_file():
         raise UsageError(f"{folder} is not empty and holds no export; name a new folder")
     name, denoiser = find_denoiser(pipe)
