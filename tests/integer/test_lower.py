@@ -188,10 +188,17 @@ def test_a_layer_that_is_not_exact_stays_fake_and_equal(make, monkeypatch):
 def test_what_is_not_quantized_is_refused(tiny_pipeline, make):
     with pytest.raises(UsageError, match="is not quantized"):
         tcaq.lower(tiny_pipeline())
+
+
+@pytest.mark.parametrize("products", ["plan", "fused"])
+def test_a_lowered_pipeline_is_not_lowered_again_or_exported(make, products, tmp_path):
     pipe = make()
-    tcaq.lower(pipe, products="fused")
+    tcaq.lower(pipe, products=products)
     with pytest.raises(UsageError, match="lowered already"):
         tcaq.lower(pipe)
+    for write in (tcaq.export_onnx, tcaq.export_openvino):
+        with pytest.raises(UsageError, match="no codes to save or export"):
+            write(pipe, tmp_path / "out")
 
 
 def test_a_lowered_pipeline_is_not_saved(make, tmp_path):

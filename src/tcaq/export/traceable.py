@@ -92,9 +92,9 @@ def _follow(product: QuantizedProduct, steps: Steps) -> None:
 
 
 def check_exportable(denoiser: nn.Module) -> None:
-    """Raises: ModelError listing everything that cannot be written into another format."""
-    layers = dict(quantized_layers(denoiser))
-    if not layers:
+    """Raises: UsageError for a lowered denoiser; ModelError listing everything that cannot be written into another format."""
+    layers, quantizer = dict(quantized_layers(denoiser)), getattr(denoiser, "hf_quantizer", None)
+    if (quantizer is not None and not quantizer.is_serializable) or not layers:  # asking a lowered one raises
         raise ModelError("the denoiser is not quantized, or was lowered; export what tcaq.load gives")
     problems = [f"{name}: {why}" for name, layer in layers.items() if (why := _problem(layer)) is not None]
     if problems:

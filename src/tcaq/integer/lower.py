@@ -60,12 +60,14 @@ class Lowering:
 
 
 class LoweredQuantizer(TcaqQuantizer):
-    """What a lowered denoiser tells diffusers: it cannot be saved."""
+    """What a lowered denoiser tells whoever wants its codes, to save or export or lower them: there are none any more."""
 
     @property
     def is_serializable(self) -> bool:
         """Raises: UsageError always."""
-        raise UsageError("a lowered pipeline holds no codes to save; copy the checkpoint that it was loaded from")
+        raise UsageError(
+            "a lowered pipeline holds no codes to save or export; use the checkpoint that it was loaded from"
+        )
 
 
 def lower(pipe: DiffusionPipeline, products: Products = "plan") -> Lowering:
@@ -80,8 +82,8 @@ def lower(pipe: DiffusionPipeline, products: Products = "plan") -> Lowering:
     Raises: UsageError if the pipeline is not quantized.
     """
     denoiser = find_denoiser(pipe)[1]
-    layers = dict(quantized_layers(denoiser))
-    if not layers:
+    layers, quantizer = dict(quantized_layers(denoiser)), getattr(denoiser, "hf_quantizer", None)
+    if not layers or isinstance(quantizer, LoweredQuantizer):
         raise UsageError(
             f"the denoiser of this {type(pipe).__name__} is not quantized (or lowered already); nothing to lower"
         )
@@ -98,7 +100,7 @@ def lower(pipe: DiffusionPipeline, products: Products = "plan") -> Lowering:
         release_freed_memory()  # what packing left behind, layer by layer, would come to as much again as the weights
     if products == "fused":
         _fuse(denoiser)
-    if (quantizer := getattr(denoiser, "hf_quantizer", None)) is not None:
+    if quantizer is not None:
         denoiser.hf_quantizer = LoweredQuantizer(quantizer.quantization_config)
     return Lowering(tuple(done))
 
