@@ -129,12 +129,17 @@ def test_the_bypass_stays_in_force(make):
 
 def test_no_copy_of_a_weight_stays_but_the_packed_one(make):
     pipe = make()
-    largest = max(
-        layer.weight_quantizer.shape.numel()
-        for _, layer in quantized_layers(pipe.unet)
+    counts = {
+        name: layer.weight_quantizer.shape.numel()
+        for name, layer in quantized_layers(pipe.unet)
         if isinstance(layer, QuantizedWeight)
-    )
+    }
+    largest = max(counts.values())
     tcaq.lower(pipe)
+    for name, count in counts.items():
+        kernel = vars(pipe.unet.get_submodule(name)._kernel)
+        large = [part for part, value in kernel.items() if isinstance(value, Tensor) and value.numel() >= count]
+        assert large == ["packed"], name
     held = [part for module in pipe.unet.modules() for part in vars(module).values() if isinstance(part, Tensor)]
     state = list(pipe.unet.state_dict().values())
     assert max(part.numel() for part in held + state) < largest
