@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tcaq.numerics import bytes as way
 from tcaq.numerics.bytes import byte_codes
 
 UNITS = st.floats(min_value=-(2.0**100), max_value=2.0**100, width=32)
@@ -32,3 +33,27 @@ def test_each_row_has_its_zero_point_and_the_order_in_memory_stays(channels_last
     found = byte_codes(units.clone(), zero_points, 200)
     assert torch.equal(found.double(), expected)
     assert found.is_contiguous(memory_format=form)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("top", [15, 255])
+@pytest.mark.parametrize("zero_point", [0, 7, 128, 255])
+def test_both_ways_give_the_same_bytes(zero_point, top, channels_last):
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    halves = torch.arange(-1200, 1200).reshape(4, 6, 10, 10) / 2
+    halves[0, 0, 0, :4] = torch.tensor([torch.inf, -torch.inf, 3e38, -3e38])
+    assert way._quantizes()
+    whole = halves.to(memory_format=form).round_()
+    one, other = (f(whole.clone(), zero_point, top) for f in (way._in_one_pass, way._by_signed_bytes))
+    assert torch.equal(one, other)
+    assert one.stride() == other.stride()
+
+
+def test_a_pytorch_that_quantizes_no_tensors_is_no_obstacle(monkeypatch):
+    monkeypatch.delattr(torch, "quantize_per_tensor")
+    way._quantizes.cache_clear()
+    try:
+        assert byte_codes(torch.tensor([-1.5, 0.5, 300.0]), 4, 200).tolist() == [2, 4, 200]
+        assert not way._quantizes()
+    finally:
+        way._quantizes.cache_clear()
