@@ -6,11 +6,14 @@ take) and is one product, too; a 1x1 convolution gathers nothing. Sums are exact
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from tcaq.integer.backend import Backend, Geometry, Span
+from tcaq.integer.trial import try_conv, try_linear
 
 MIDDLE = 128
 """Added to signed codes gives unsigned ones; the op multiplies signed bytes."""
@@ -49,7 +52,8 @@ class IntegerMatrix:
         short = max(0, LEAST_ROWS - rows)
         if self.fill or short:
             codes = pad(codes, (0, self.fill, 0, short))
-        sums = torch._int_mm(codes, self.weight.t())[:rows, : self.out] - zero_point * self.sums
+        # a transposed input's codes lie by columns, which not every version of the op multiplies
+        sums = torch._int_mm(codes.contiguous(), self.weight.t())[:rows, : self.out] - zero_point * self.sums
         result: Tensor = torch.addcmul(self.bias, sums.to(self.scale.dtype), self.scale * scale).to(dtype)
         return result
 
@@ -102,14 +106,23 @@ def windows(codes: Tensor, kernel: tuple[int, ...], geometry: Geometry, zero: in
     return image.as_strided(size, steps).flatten(3)
 
 
+@cache
 def conv_problem(shape: tuple[int, ...], geometry: Geometry, span: Span) -> str | None:
-    """Grouped convolutions have no kernel here."""
-    return f"a convolution in {geometry.groups} groups has no integer kernel on a GPU" if geometry.groups > 1 else None
+    """Grouped convolutions have no kernel here; others have what a trial on the GPU finds."""
+    if geometry.groups > 1:
+        return f"a convolution in {geometry.groups} groups has no integer kernel on a GPU"
+    return try_conv(CudaConv, shape, geometry, span, _device())
 
 
+@cache
 def linear_problem(shape: tuple[int, ...], span: Span) -> str | None:
-    """Every matrix can be multiplied."""
-    return None
+    """What a trial on the GPU finds: sums are exact, but libraries refuse some shapes on some devices."""
+    return try_linear(CudaLinear, shape, span, _device())
+
+
+def _device() -> str:
+    """Without a GPU the same arithmetic runs on the CPU, which is how it is tested."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 CUDA = Backend(missing, CudaConv, CudaLinear, conv_problem, linear_problem)

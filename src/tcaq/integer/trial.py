@@ -1,0 +1,77 @@
+"""Try a kernel on extreme numbers before a layer relies on it.
+
+Processors without VNNI instructions add pairs of products in 16 bits and clip the sums without a word; others refuse a shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d
+
+from tcaq.integer.backend import Geometry, Kernel, Span
+
+ROWS = 64
+"""Output channels of a trial; kernels take them in blocks of up to so many."""
+
+
+def try_conv(
+    conv: Callable[[Tensor, Tensor, Tensor | None, Geometry], Kernel], shape: tuple[int, ...], geometry: Geometry, span: Span,
+    device: str = "cpu",
+) -> str | None:  # fmt: skip
+    """Why a weight of this shape is not multiplied exactly on a small image of extreme values; None if it is."""
+    weight = extremes(_fewer(shape, geometry.groups), span.low, span.high)
+    size = 2 + max(step * (k - 1) for step, k in zip(geometry.dilation, shape[2:], strict=True))
+    codes = extremes((2, shape[1] * geometry.groups, size, size), 0, span.top)
+
+    def expected(zero: int) -> Tensor:
+        return conv2d(codes.double() - zero, weight.double(), None, *geometry.arguments)
+
+    return compare(lambda w, s: conv(w, s, None, geometry), weight, codes, expected, span, device)
+
+
+def try_linear(
+    linear: Callable[[Tensor, Tensor, Tensor | None], Kernel], shape: tuple[int, ...], span: Span, device: str = "cpu"
+) -> str | None:
+    """The same for a matrix."""
+    weight, codes = extremes(_fewer(shape), span.low, span.high), extremes((8, shape[1]), 0, span.top)
+
+    def expected(zero: int) -> Tensor:
+        return (codes.double() - zero) @ weight.double().T
+
+    return compare(lambda w, s: linear(w, s, None), weight, codes, expected, span, device)
+
+
+def _fewer(shape: tuple[int, ...], groups: int = 1) -> tuple[int, ...]:
+    """The shape with at most `ROWS` output channels, if they are in one group: the sums are the same, in a tenth of the memory."""
+    return shape if groups > 1 else (min(shape[0], ROWS), *shape[1:])
+
+
+def extremes(shape: tuple[int, ...], low: int, high: int) -> Tensor:
+    """Random ends of a range; the first row holds the upper one alone, the last the lower, for the largest sums there are."""
+    upper = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    upper[0], upper[-1] = True, False
+    return torch.where(upper, high, low)
+
+
+def compare(
+    make: Callable[[Tensor, Tensor], Kernel], weight: Tensor, codes: Tensor, expected: Callable[[int], Tensor], span: Span,
+    device: str = "cpu",
+) -> str | None:  # fmt: skip
+    """Against float64, which holds all such sums exactly."""
+    try:
+        kernel = make(weight.to(device, torch.int8), torch.ones(len(weight), device=device))
+        for zero in {0, span.top // 2, span.top}:
+            found = kernel(_bytes(codes).to(device), 1.0, zero, torch.float32).cpu()
+            if not torch.equal(found, expected(zero).float()):
+                return f"this processor does not multiply weights {span.low} to {span.high} by codes 0 to {span.top} exactly"
+    except RuntimeError as error:  # an op that refuses a shape is as good as none
+        return f"its integer product is refused: {error}"
+    return None
+
+
+def _bytes(codes: Tensor) -> Tensor:
+    small = codes.to(torch.uint8)
+    return small.contiguous(memory_format=torch.channels_last) if small.dim() == 4 else small
