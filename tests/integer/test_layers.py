@@ -19,7 +19,7 @@ from tcaq.layers.modes import floating
 from tcaq.numerics.affine import qparams
 from tcaq.quantizers.clock import StepClock
 from tcaq.quantizers.mixed import set_widths
-from tcaq.spec.grid import AffineGrid
+from tcaq.spec.grid import AffineGrid, TokenGrid
 from tcaq.spec.plan import LayerGrids
 from tcaq.spec.steps import StepGroups
 
@@ -145,6 +145,14 @@ def test_float_mode_is_refused() -> None:
     layer = integer_layer(quantized(nn.Linear(7, 4), AffineGrid(bits=4), AffineGrid(bits=8)), CPU)
     with floating(layer), pytest.raises(CheckpointError, match="keeps no float weight"):
         layer(torch.randn(3, 7))
+
+
+@pytest.mark.parametrize("inputs", [AffineGrid(bits=8), TokenGrid(bits=8)], ids=["steps", "token"])
+def test_an_input_on_another_device_is_refused(inputs: AffineGrid | TokenGrid) -> None:
+    grids = LayerGrids(name="layer", kind="linear", weight=AffineGrid(bits=4), inputs=(inputs,))
+    layer = integer_layer(QuantizedLinear.wrap(nn.Linear(7, 4), grids, StepClock(StepGroups())), CPU)
+    with pytest.raises(CheckpointError, match="lowered for cpu, its input is on meta; lower after moving"):
+        layer(torch.randn(3, 7, device="meta"))
 
 
 def test_models_with_different_weights_have_different_state() -> None:

@@ -45,6 +45,7 @@ class IntegerLayer(Moded, nn.Module):
         self.top = quantizer.high - quantizer.low
         self.planes = len(codes.planes)
         self.groups = layer.groups
+        self._device = layer.equalizer.device
         self.register_buffer("equalizer", layer.equalizer.clone())
         self.register_buffer("rest", codes.rest * weight.scale if codes.has_rest else None)
         self.register_buffer("fingerprint", _fingerprint(codes.whole(), weight.scale, layer.quantized_bias()))
@@ -54,8 +55,14 @@ class IntegerLayer(Moded, nn.Module):
         """Whether the kernel's products are the layer's, with nothing to add up."""
         return self.planes == 1 and self.rest is None
 
-    def check_mode(self) -> None:
-        """Raises: CheckpointError in float mode, for which the weight is not there any more."""
+    def check(self, x: Tensor) -> None:
+        """Raises: CheckpointError in float mode, for which the weight is not there any more, or for an input on another device
+        than the kernel, which stays where it was packed when the module moves.
+        """
+        if x.device != self._device:
+            raise CheckpointError(
+                f"this layer was lowered for {self._device}, its input is on {x.device}; lower after moving"
+            )
         if self.mode is not Mode.FAKE:
             raise CheckpointError(
                 "this layer runs in integers and keeps no float weight; load the model again for other modes"
@@ -101,8 +108,8 @@ class SteppedLayer(IntegerLayer):
         return self._clock[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply `x`, float [batch, ...]. Raises: CheckpointError in float mode."""
-        self.check_mode()
+        """Multiply `x`, float [batch, ...]. Raises: CheckpointError in float mode or on another device."""
+        self.check(x)
         rows = [0] if self.clock.count == 1 else cast("list[int]", self.clock.group.tolist())
         if len(set(rows)) == 1:
             return self._run(x, rows[0])

@@ -37,8 +37,8 @@ class IntegerTokenLinear(IntegerLayer):
         self.register_buffer("bias", None if bias is None else bias.detach().float())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply `x`, float [..., in]. Raises: CheckpointError in float mode."""
-        self.check_mode()
+        """Multiply `x`, float [..., in]. Raises: CheckpointError in float mode or on another device."""
+        self.check(x)
         scale, zero_point = self.quantizer.grid_of(x, self.equalizer)
         unsigned = zero_point - self.quantizer.low
         codes = byte_codes(x / (scale * self.equalizer), unsigned, self.top).reshape(-1, self.in_features)
