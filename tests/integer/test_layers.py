@@ -147,6 +147,19 @@ def test_float_mode_is_refused() -> None:
         layer(torch.randn(3, 7))
 
 
+def test_step_groups_are_read_from_the_device_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = integer_layer(quantized(nn.Linear(7, 4), AffineGrid(bits=4), AffineGrid(bits=8)), CPU)
+    read, reading = [], Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda tensor: read.append(tensor) or reading(tensor))
+    outputs = []
+    for when in (10.0, 900.0):
+        layer.clock.set(when)
+        outputs.append([layer(torch.ones(3, 7)) for _ in range(2)])
+        assert torch.equal(*outputs[-1])
+    assert len(read) == 2
+    assert not torch.equal(outputs[0][0], outputs[1][0])
+
+
 @pytest.mark.parametrize("inputs", [AffineGrid(bits=8), TokenGrid(bits=8)], ids=["steps", "token"])
 def test_an_input_on_another_device_is_refused(inputs: AffineGrid | TokenGrid) -> None:
     grids = LayerGrids(name="layer", kind="linear", weight=AffineGrid(bits=4), inputs=(inputs,))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from hashlib import sha256
 from typing import cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +111,7 @@ class SteppedLayer(IntegerLayer):
     def forward(self, x: Tensor) -> Tensor:
         """Multiply `x`, float [batch, ...]. Raises: CheckpointError in float mode or on another device."""
         self.check(x)
-        rows = [0] if self.clock.count == 1 else cast("list[int]", self.clock.group.tolist())
+        rows = _rows(self.clock)
         if len(set(rows)) == 1:
             return self._run(x, rows[0])
         parts = [self._run(x[[i for i, row in enumerate(rows) if row == group]], group) for group in sorted(set(rows))]
@@ -159,6 +160,21 @@ class IntegerLinear(SteppedLayer):
     def _run(self, x: Tensor, group: int) -> Tensor:
         codes = self._codes(x, group, (-1,)).reshape(-1, self.in_features)
         return self._multiply(codes, group, x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+
+_READ: WeakKeyDictionary[StepClock, tuple[Tensor, list[int]]] = WeakKeyDictionary()
+"""What a clock showed last, and the same as numbers."""
+
+
+def _rows(clock: StepClock) -> list[int]:
+    """The step group of each sample, read from the device once for all layers: on a GPU, reading waits for all that is queued."""
+    if clock.count == 1:
+        return [0]
+    group, rows = _READ.get(clock, (None, []))
+    if group is not clock.group:  # a clock that is set again shows another tensor
+        rows = clock.group.tolist()
+        _READ[clock] = clock.group, rows
+    return rows
 
 
 def _places(rows: Sequence[int]) -> list[int]:
