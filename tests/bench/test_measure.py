@@ -6,16 +6,19 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from tcaq import checkpoint
-from tcaq.bench import contenders, measure, memory
+from tcaq.bench import contenders, measure, memory, peers
 from tcaq.bench.bout import Bout
 from tcaq.bench.contenders import CONTENDERS, Contender
 from tcaq.bench.measure import Settings, benchmark
 from tcaq.bench.memory import peak_memory
+from tcaq.bench.peers import FloatTraceable, any_batch
 from tcaq.cli import app
 from tcaq.errors import MissingExtraError, UsageError
+from tcaq.export.example import example_of, first_call
 from tcaq.models.load import load_pipeline
 
 SETTINGS = Settings(batches=(1, 2), repeat=1, steps=2, images=2)
@@ -94,6 +97,24 @@ def test_the_float_model_in_another_runtime_is_the_float_model(bout):
     assert row.problem is None
     assert row.psnr > 60
     assert row.size == (bout.work / "onnx-fp32.onnx").stat().st_size
+
+
+@torch.no_grad()
+def test_a_peers_graph_is_for_any_number_of_images(tiny_pipeline):
+    pipe = tiny_pipeline(channels=(8, 16))
+    interface = example_of(pipe.unet, first_call(pipe)).interface
+    traced = FloatTraceable(pipe.unet, interface).eval()
+    x, time = torch.randn(8, 1, 16, 16), torch.tensor([500.0])
+    graph = any_batch(traced, interface, (x, time))
+    for count in (4, 1, 8):
+        assert torch.equal(graph(x[:count], time), traced(x[:count], time))
+
+
+def test_compiled_float_has_a_graph_for_each_number_of_images(tiny_pipeline, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: asked.append(options) or model)
+    peers.compiled(tiny_pipeline())
+    assert asked == [{"dynamic": False}]
 
 
 def test_what_was_built_of_something_else_is_not_taken_for_this_models(bout, tiny_pipeline, quantized_tiny, tmp_path):

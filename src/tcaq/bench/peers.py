@@ -53,8 +53,8 @@ def with_denoiser(pipe: DiffusionPipeline, denoiser: nn.Module) -> DiffusionPipe
 
 
 def compiled(pipe: DiffusionPipeline) -> DiffusionPipeline:
-    """The float model under torch.compile."""
-    return with_denoiser(pipe, cast(nn.Module, torch.compile(find_denoiser(pipe)[1])))
+    """The float model under torch.compile, a graph for each number of images: one for all of them is slower."""
+    return with_denoiser(pipe, cast(nn.Module, torch.compile(find_denoiser(pipe)[1], dynamic=False)))
 
 
 def onnx_float(pipe: DiffusionPipeline, bout: Bout) -> tuple[DiffusionPipeline, int]:
@@ -116,21 +116,21 @@ def nncf(pipe: DiffusionPipeline, bout: Bout) -> tuple[DiffusionPipeline, int]:
 
 
 def torchao(pipe: DiffusionPipeline, bout: Bout) -> tuple[DiffusionPipeline, None]:
-    """torchao's export path for x86: static int8, compiled. It fixes the batch to that of the calibration."""
+    """torchao's export path for x86: static int8, compiled for each number of images."""
     pt2e = _import("torchao.quantization.pt2e.quantize_pt2e", "torchao")
     x86 = _import("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer", "torchao")
     example = _example(pipe, bout)
     calls = [tensors(example.interface, inputs) for inputs in bout.calibration()]
     traced = FloatTraceable(find_denoiser(pipe)[1], example.interface).eval()
     with torch.no_grad():
-        graph: Any = torch.export.export(traced, calls[0]).module()
+        graph = any_batch(traced, example.interface, calls[0])
         prepared: Any = pt2e.prepare_pt2e(
             graph, x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
         )
         for given in calls:
             prepared(*given)
         converted = pt2e.convert_pt2e(prepared)
-    run: Any = torch.compile(converted)
+    run: Any = torch.compile(converted, dynamic=False)
     config = _import("torch._inductor.config")
 
     def predict(*given: Any) -> Any:
@@ -138,6 +138,13 @@ def torchao(pipe: DiffusionPipeline, bout: Bout) -> tuple[DiffusionPipeline, Non
             return run(*map(torch.from_numpy, given)).numpy()
 
     return _exported(pipe, predict, Path("torchao"), example), None
+
+
+def any_batch(traced: FloatTraceable, interface: Interface, call: tuple[Tensor, ...]) -> Any:
+    """A denoiser as a graph for any number of images, exported from one call."""
+    axes = [{0: torch.export.Dim.AUTO} if wanted.by_image else None for wanted in interface.inputs]
+    others = [tuple(axes[2:])] if axes[2:] else []  # one entry for all that is behind the star
+    return torch.export.export(traced, call, dynamic_shapes=(*axes[:2], *others)).module()
 
 
 def quanto(pipe: DiffusionPipeline, bout: Bout) -> tuple[DiffusionPipeline, None]:
