@@ -53,6 +53,15 @@ def test_the_float_model_against_itself_has_the_ceiling_for_psnr(bout, monkeypat
     assert benchmark(bout, ["again"], SETTINGS, lambda _: None).rows[1].psnr == 100
 
 
+def test_float_baselines_run_in_the_layout_of_integer_kernels_too(bout):
+    names = ["fp32-channels-last", "bf16", "bf16-channels-last"]
+    rows = {row.name: row for row in benchmark(bout, names, SETTINGS, lambda _: None).rows}
+    assert [rows[name].problem for name in names] == [None] * 3
+    assert rows["fp32-channels-last"].psnr > 60
+    pipe = CONTENDERS["fp32-channels-last"](bout).pipe
+    assert pipe.unet.down_blocks[1].resnets[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_a_contender_that_cannot_run_says_why_and_the_others_go_on(bout, monkeypatch):
     def lacking(_: Bout) -> Contender:
         raise MissingExtraError("nncf", "bench")
@@ -127,7 +136,7 @@ def test_what_was_built_of_something_else_is_not_taken_for_this_models(bout, tin
 
 
 def test_unknown_names_are_refused(bout):
-    with pytest.raises(UsageError, match=r"unknown contenders: tensorrt; known: fp32, fp32-compiled"):
+    with pytest.raises(UsageError, match=r"unknown contenders: tensorrt; known: fp32, fp32-channels-last"):
         benchmark(bout, ["tensorrt"], SETTINGS, lambda _: None)
 
 

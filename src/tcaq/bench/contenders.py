@@ -53,18 +53,19 @@ class InHalf(nn.Module):
 Build = Callable[[Bout], Contender]
 
 
-def _fp32(bout: Bout) -> Contender:
+def _fp32(bout: Bout, layout: torch.memory_format = torch.preserve_format) -> Contender:
     pipe = bout.load_float()
-    return Contender(pipe, sum(p.numel() * p.element_size() for p in find_denoiser(pipe)[1].parameters()))
+    denoiser = cast(Any, find_denoiser(pipe)[1]).to(memory_format=layout)
+    return Contender(pipe, sum(p.numel() * p.element_size() for p in denoiser.parameters()))
 
 
 def _compiled(bout: Bout) -> Contender:
     return Contender(peers.compiled(bout.load_float()), None)
 
 
-def _bf16(bout: Bout) -> Contender:
+def _bf16(bout: Bout, layout: torch.memory_format = torch.preserve_format) -> Contender:
     pipe = bout.load_float()
-    denoiser = find_denoiser(pipe)[1].to(torch.bfloat16)
+    denoiser = cast(Any, find_denoiser(pipe)[1]).to(torch.bfloat16).to(memory_format=layout)
     return Contender(_in_bfloat16(pipe), sum(p.numel() * p.element_size() for p in denoiser.parameters()))
 
 
@@ -107,8 +108,10 @@ def _peer(bout: Bout, build: peers.Peer) -> Contender:
 
 CONTENDERS: dict[str, Build] = {
     "fp32": _fp32,
+    "fp32-channels-last": lambda bout: _fp32(bout, torch.channels_last),
     "fp32-compiled": _compiled,
     "bf16": _bf16,
+    "bf16-channels-last": lambda bout: _bf16(bout, torch.channels_last),
     "fake": lambda bout: _ours(bout, "fake"),
     "integer": lambda bout: _ours(bout, "integer"),
     "integer-fused": lambda bout: _ours(bout, "fused"),
