@@ -125,6 +125,28 @@ def test_predictions_are_those_of_the_fake_model_at_any_size(folder, form, pipe,
     assert difference.square().mean() <= 0.05 * expected.var()
 
 
+def test_openvino_is_told_the_precision_between_integers(folder, form, pipe, monkeypatch) -> None:
+    if form != "openvino":
+        pytest.skip("an option of OpenVINO alone")
+    import openvino as package
+
+    hints, compiling = [], package.Core.compile_model
+
+    def remember(core, path, device, options):
+        hints.append(options["INFERENCE_PRECISION_HINT"])
+        return compiling(core, path, device, options)
+
+    monkeypatch.setattr(package.Core, "compile_model", remember)
+    x = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(3))
+    outputs = [read(folder).unet(x, 500.0).sample for read in (tcaq.load_openvino, half)]
+    assert hints == ["f32", "bf16"]
+    assert (outputs[0] - outputs[1]).abs().median() <= 0.1 * outputs[0].std()
+
+
+def half(folder: Path):
+    return tcaq.load_openvino(folder, precision="bf16")
+
+
 def test_a_batch_with_several_timesteps_is_run_one_by_one(folder, form, pipe) -> None:
     x, when = torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(3)), torch.tensor([990, 10, 400])
     exported = READ[form](folder).unet

@@ -51,6 +51,10 @@ class InHalf(nn.Module):
 
 
 Build = Callable[[Bout], Contender]
+EXPORTS: dict[str, tuple[Callable[..., None], Callable[..., DiffusionPipeline]]] = {
+    "onnx": (export_onnx, load_onnx),
+    "openvino": (export_openvino, load_openvino),
+}
 
 
 def _fp32(bout: Bout, layout: torch.memory_format = torch.preserve_format) -> Contender:
@@ -93,12 +97,12 @@ def _ours(bout: Bout, execution: str, dtype: torch.dtype | None = None) -> Conte
     return Contender(pipe if dtype is None else _in_bfloat16(pipe), size)
 
 
-def _exported(bout: Bout, form: str) -> Contender:
+def _exported(bout: Bout, form: str, **options: Any) -> Contender:
     folder = bout.work / form
-    write, read = {"onnx": (export_onnx, load_onnx), "openvino": (export_openvino, load_openvino)}[form]
+    write, read = EXPORTS[form]
     if not folder.exists():
         write(load(bout.folder), folder, bool(has_vnni()))
-    pipe = read(folder)
+    pipe = read(folder, **options)
     return Contender(pipe, _size(folder, find_denoiser(pipe)[0]))
 
 
@@ -118,6 +122,7 @@ CONTENDERS: dict[str, Build] = {
     "integer-bf16": lambda bout: _ours(bout, "integer", torch.bfloat16),
     "onnx": lambda bout: _exported(bout, "onnx"),
     "openvino": lambda bout: _exported(bout, "openvino"),
+    "openvino-bf16": lambda bout: _exported(bout, "openvino", precision="bf16"),
     "onnx-fp32": lambda bout: _peer(bout, peers.onnx_float),
     "onnx-static": lambda bout: _peer(bout, peers.onnx_static),
     "openvino-fp32": lambda bout: _peer(bout, peers.openvino_float),

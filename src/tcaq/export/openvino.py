@@ -9,8 +9,9 @@ of ones with the summed weights.
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from tcaq.export.runtime import Predict
 from tcaq.export.traceable import Traceable
 
 EXTRA, FORMAT, FILE = "openvino", "openvino", "model.xml"
+Precision = Literal["f32", "bf16"]
 
 
 class OpenVinoDialect:
@@ -100,12 +102,16 @@ def write_traced(traced: nn.Module, example: Example, path: Path) -> None:
     openvino.save_model(model, path, compress_to_fp16=False)
 
 
-def open_openvino(path: Path) -> Predict:
-    """The model compiled for the CPU. Raises: MissingExtraError, CheckpointError if the file cannot be read."""
+def open_openvino(path: Path, precision: Precision = "f32") -> Predict:
+    """The model compiled for the CPU.
+
+    Args: precision: of what is not in integers; OpenVINO alone would choose bf16 on processors that have it.
+    Raises: MissingExtraError, CheckpointError if the file cannot be read.
+    """
     require()
     import openvino
 
-    options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+    options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": precision}
     try:
         compiled = openvino.Core().compile_model(path, "CPU", options)
     except RuntimeError as error:
@@ -118,12 +124,13 @@ def open_openvino(path: Path) -> Predict:
     return predict
 
 
-def load_openvino(folder: Path | str) -> DiffusionPipeline:
+def load_openvino(folder: Path | str, precision: Precision = "f32") -> DiffusionPipeline:
     """The pipeline that `tcaq export --format openvino` wrote, its denoiser run by OpenVINO.
 
+    Args: precision: of what is not in integers.
     Raises: MissingExtraError; CheckpointError if something is missing, damaged, or of another format.
     """
-    return read_folder(Path(folder), FORMAT, FILE, open_openvino)
+    return read_folder(Path(folder), FORMAT, FILE, partial(open_openvino, precision=precision))
 
 
 def export_openvino(pipe: DiffusionPipeline, folder: Path | str, vnni: bool = False) -> None:
