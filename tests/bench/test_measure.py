@@ -17,6 +17,7 @@ from tcaq.bench.measure import Settings, benchmark
 from tcaq.bench.memory import peak_memory
 from tcaq.bench.peers import FloatTraceable, any_batch
 from tcaq.cli import app
+from tcaq.cli.bench import bench_table
 from tcaq.errors import MissingExtraError, UsageError
 from tcaq.export.example import example_of, first_call
 from tcaq.models.load import load_pipeline
@@ -143,7 +144,29 @@ def test_unknown_names_are_refused(bout):
 def test_peak_memory_is_taken_in_another_process(bout, monkeypatch):
     assert 2**18 < peak_memory(bout, "integer", batch=1, steps=1) < 2**30
     monkeypatch.setattr(memory.sys, "executable", "/bin/false")
-    assert peak_memory(bout, "integer", batch=1, steps=1) is None
+    assert peak_memory(bout, "integer", batch=1, steps=1) == "memory not measured, its process ended with code 1"
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [("echo no room >&2; exit 3", "ended with code 3: no room"), ("kill -9 $$", "was killed by signal 9")],
+)
+def test_a_process_that_fails_says_why_and_its_row_stays(bout, monkeypatch, tmp_path, command, said):
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\n{command}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(memory.sys, "executable", str(program))
+    result = benchmark(bout, ["fake"], SETTINGS.model_copy(update={"memory": True}), lambda _: None)
+    assert [row.problem for row in result.rows] == [f"memory not measured, its process {said}"] * 2
+    assert bench_table(result).row_count == 2
+
+
+def test_a_runtime_is_imported_before_memory_counts(monkeypatch):
+    imported = []
+    monkeypatch.setattr(memory, "import_module", imported.append)
+    for name in CONTENDERS:
+        memory._import_runtime(name)
+    assert set(imported) == {"onnxruntime", "openvino", "torchao", "optimum.quanto"}
 
 
 def test_the_command_writes_json_and_a_table(bout, tmp_path):

@@ -54,7 +54,7 @@ class Row(BaseModel):
 
     seconds: median seconds of one call of the denoiser, by images at a time; psnr: mean over images against the float model's, dB;
     memory: peak bytes while sampling beyond what the process held before it loaded the model; size: bytes of the denoiser on
-    disk; problem: why it did not run.
+    disk; problem: why it did not run, or why its memory is not known.
     """
 
     name: str
@@ -109,7 +109,10 @@ def benchmark(bout: Bout, names: Sequence[str], settings: Settings, note: Callab
             return Row(name=name, problem=contender)
         times = {batch: of[name] for batch, of in seconds.items()}
         memory = peak_memory(bout, name, max(settings.batches), settings.steps) if settings.memory else None
-        return Row(name=name, seconds=times, psnr=likeness.get(name), memory=memory, size=contender.size)
+        found, problem = (None, memory) if isinstance(memory, str) else (memory, None)
+        return Row(
+            name=name, seconds=times, psnr=likeness.get(name), memory=found, size=contender.size, problem=problem
+        )
 
     return Benchmark(
         settings=settings, rows=tuple(row(*pair) for pair in found.items()), calls_a_step=calls_a_step,

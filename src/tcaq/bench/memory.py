@@ -11,6 +11,8 @@ import json
 import mmap
 import subprocess
 import sys
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,18 @@ def open_float(model: str) -> Any:
     return load_reference() if model == REFERENCE else load_pipeline(model)
 
 
-def peak_memory(bout: Bout, name: str, batch: int, steps: int) -> int | None:
-    """Bytes that loading and sampling take beyond the interpreter and its libraries; None if the process failed."""
+RUNTIMES = {
+    "onnx": ("onnxruntime",),
+    "openvino": ("openvino",),
+    "nncf": ("openvino",),
+    "torchao": ("torchao",),
+    "quanto": ("optimum.quanto",),
+}
+"""What contenders import, by the first word of their name."""
+
+
+def peak_memory(bout: Bout, name: str, batch: int, steps: int) -> int | str:
+    """Bytes that loading and sampling take beyond the interpreter and its libraries, or why they are not known."""
     task = {
         "folder": str(bout.folder),
         "model": bout.model,
@@ -47,12 +59,17 @@ def peak_memory(bout: Bout, name: str, batch: int, steps: int) -> int | None:
     command = [sys.executable, "-m", "tcaq.bench.memory", json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = done.stdout.split()
-    return int(lines[-1]) if done.returncode == 0 and lines else None
+    if done.returncode == 0 and lines:
+        return int(lines[-1])
+    code, said = done.returncode, done.stderr.strip().splitlines()[-1:]
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+    return ": ".join([f"memory not measured, its process {how}", *said])
 
 
 def _measure(task: dict[str, Any]) -> int:
     bout = Bout(Path(task["folder"]), task["model"], Path(task["work"]), lambda: open_float(task["model"]))
     _use_libraries()
+    _import_runtime(task["name"])
     _read_code()
     before = psutil.Process().memory_info().rss
     with track_peak(interval=0.005) as peak:
@@ -66,6 +83,13 @@ def _use_libraries() -> None:
     blocks = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("AttnUpBlock2D",)}
     tiny = UNet2DModel(sample_size=8, block_out_channels=(32,), layers_per_block=1, **blocks)
     sample(DDIMPipeline(tiny.eval(), DDIMScheduler()), [0], 1)
+
+
+def _import_runtime(name: str) -> None:
+    """Import what a contender runs in, which is no part of the model; one that is not there will say so itself."""
+    for package in RUNTIMES.get(name.partition("-")[0], ()):
+        with suppress(ImportError):
+            import_module(package)
 
 
 def _read_code() -> None:

@@ -46,7 +46,8 @@ def bench_command(
     console.print(bench_table(result))
     for row in result.rows:
         if row.problem is not None:
-            notes.print(f"{row.name} left out: {row.problem}", markup=False, highlight=False)
+            said = row.name if row.seconds else f"{row.name} left out"
+            notes.print(f"{said}: {row.problem}", markup=False, highlight=False)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -64,7 +65,7 @@ def bench_table(result: Benchmark) -> Table:
     table = Table("model", *times, f"images/s, {steps} steps", "PSNR to float", "memory", "size", title=where)
     base = next(row.seconds for row in result.rows if row.name == FLOAT)
     for row in result.rows:
-        if row.problem is None:
+        if row.seconds:
             seconds = {n: result.calls_a_step * row.seconds[n] for n in batches}
             cells = (f"{1e3 * seconds[n]:.1f} ({base[n] / row.seconds[n]:.2f}x)" for n in batches)
             rate = max(n / (steps * seconds[n]) for n in batches)
