@@ -82,12 +82,77 @@ def test_it_goes_on_where_it_stopped(done, monkeypatch):
         assert a["seeds"]["1"]["evaluation"] == b["seeds"]["1"]["evaluation"]
 
 
+@pytest.fixture
+def measured(tmp_path):
+    """A comparison of one cell, as far as the record goes."""
+    recipe = preset_recipe("minmax", "fast", weights=8, activations=8)
+    (tmp_path / "own.json").write_text(recipe.model_dump_json())
+    given = ["compare", "reference", "--output", str(tmp_path / "out"), "--bits", "w8a8", "--num", "16", "--steps", "2"]
+    return tmp_path, lambda *more: RUNNER.invoke(app, [*given, *map(str, more)])
+
+
+def as_if_measured(monkeypatch):
+    """Cells count as measured without any work."""
+    monkeypatch.setattr("tcaq.cli.compare.measure", lambda *_: {})
+    monkeypatch.setattr("tcaq.cli.compare.finish", lambda *_: None)
+
+
+@pytest.mark.parametrize("more", [["--real", "data"], ["--plan", "author"]])
+def test_what_only_one_call_was_asked_for_is_another_protocol(measured, monkeypatch, more):
+    root, call = measured
+    as_if_measured(monkeypatch)
+    assert call("--recipes", root / "own.json", *more).exit_code == 0
+    refused = call("--recipes", root / "own.json")
+    assert refused.exit_code == 2
+    assert f"{more[0].removeprefix('--')} '{more[1]}' there, None now" in " ".join(refused.output.split())
+    assert call("--recipes", root / "own.json", *more).exit_code == 0
+
+
+def test_a_recipe_that_was_edited_is_not_taken_for_the_measured_one(measured, monkeypatch):
+    root, call = measured
+    as_if_measured(monkeypatch)
+    assert call("--recipes", root / "own.json").exit_code == 0
+    (root / "own.json").write_text(preset_recipe("minmax", "fast", ranges={"power": 3.0}, seed=7).model_dump_json())
+    refused = call("--recipes", root / "own.json")
+    assert refused.exit_code == 2
+    assert "own at w8a8 was measured with other ranges;" in " ".join(refused.output.split())  # the seed is the cell's
+
+
+def test_a_plan_that_was_edited_is_not_taken_for_the_measured_one(measured, monkeypatch):
+    root, call = measured
+    as_if_measured(monkeypatch)
+    for reason in ("this", "that"):
+        (root / "plan.json").write_text(json.dumps({"rules": [{"match": "*", "reason": reason}]}))
+        result = call("--recipes", "minmax", "--plan", root / "plan.json")
+    assert result.exit_code == 2
+    assert "minmax at w8a8 was measured with other rules;" in " ".join(result.output.split())
+
+
+def test_two_cells_of_one_name_are_refused(measured):
+    root, call = measured
+    (root / "minmax.json").write_text((root / "own.json").read_text())
+    for recipes in (f"minmax,{root / 'minmax.json'}", "mse,mse"):
+        refused = call("--recipes", recipes)
+        assert refused.exit_code == 2
+        assert "two cells are" in " ".join(refused.output.split())
+
+
+def test_a_preset_is_for_recipes_that_are_named(measured, monkeypatch):
+    root, call = measured
+    as_if_measured(monkeypatch)
+    refused = call("--recipes", root / "own.json", "--preset", "fast")
+    assert refused.exit_code == 2
+    assert "leave --preset out" in " ".join(refused.output.split())
+    assert call("--recipes", f"{root / 'own.json'},minmax", "--preset", "fast").exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--recipes", "tcak"], "unknown recipe 'tcak'"),
         (["--bits", "8"], "--bits '8': give widths like w4a8"),
         (["--bits", "w9a4"], "weights"),
+        (["--bits", ""], "--bits ''"),
         (["--seeds", "1,1"], "--seeds '1,1'"),
         (["--num", "17"], "images 16 there, 17 now"),
     ],

@@ -16,6 +16,7 @@ from tcaq.cli import app
 from tcaq.cli.options import make_recipe
 from tcaq.models.sampler import sample
 from tcaq.models.seeds import image_seeds
+from tcaq.recipes.presets import preset_recipe
 
 RUNNER = CliRunner()
 
@@ -83,6 +84,17 @@ def test_iterations_are_those_of_the_first_round_alone():
     )
     assert asked.reconstruction.iterations == 7
     assert asked == preset.changed({"reconstruction": {"iterations": 7}})
+
+
+def test_a_recipe_file_keeps_what_no_option_changes(tmp_path):
+    own = preset_recipe("minmax", "fast", seed=7, layers="author", weights=6)
+    (tmp_path / "own.json").write_text(own.model_dump_json())
+    assert make_recipe(str(tmp_path / "own.json"), None, weights=None, activations=None) == own
+    changed = make_recipe(str(tmp_path / "own.json"), None, weights=None, activations=None, seed=0, plan="same")
+    assert changed == own.changed({"seed": 0, "layers": "same"})
+    refused = invoke("quantize", "reference", "--output", "o", "--recipe", tmp_path / "own.json", "--preset", "full")
+    assert refused.exit_code == 2
+    assert "leave --preset out" in " ".join(refused.output.split())
 
 
 def test_plan_prints_the_table_without_running(folders):

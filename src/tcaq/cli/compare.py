@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -26,7 +26,7 @@ from tcaq.evaluate.features import load_features
 from tcaq.evaluate.protocol import Protocol, evaluate
 from tcaq.evaluate.real import load_real
 from tcaq.evaluate.sampling import sample_for_evaluation
-from tcaq.recipes.quantize import RUN_FOLDER
+from tcaq.recipes.quantize import RUN_FOLDER, outcome
 from tcaq.recipes.registry import RECIPES
 from tcaq.records import read_json, replacing, write_json
 from tcaq.report.comparison import HEADINGS, markdown, rows, write_comparison
@@ -34,6 +34,7 @@ from tcaq.report.grid import side_by_side
 from tcaq.report.story import weight_bytes
 from tcaq.runs import Run
 from tcaq.spec.conditions import Conditions
+from tcaq.spec.plan import Plan
 from tcaq.spec.recipe import Recipe
 
 SHOWN = 16
@@ -41,15 +42,23 @@ SHOWN = 16
 
 @dataclass(frozen=True)
 class Cell:
-    """A recipe at a width. Attributes: label: what the table calls it."""
+    """A recipe at a width. Attributes: label: what the table calls it; plan: rules in place of the recipe's own."""
 
     label: str
     recipe: Recipe
+    plan: Plan | None = None
 
     @property
     def bits(self) -> str:
         """As the command takes it."""
         return f"w{self.recipe.weights}a{self.recipe.activations}"
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """All that makes it what it is, whatever the files are called that say so; the seed changes from run to run."""
+        values = outcome(self.recipe)
+        del values["seed"]
+        return values if self.plan is None else values | {"rules": self.plan.model_dump(mode="json")}
 
     def folder(self, output: Path, seed: int) -> Path:
         """Where its checkpoint goes."""
@@ -67,8 +76,8 @@ def compare_command(
     bits: Annotated[
         str, typer.Option(help="Widths of weights and activations, with commas between.")
     ] = "w8a8,w6a6,w4a8,w4a4",
-    preset: opt.PresetOption = "full",
-    plan: opt.PlanOption = "same",
+    preset: opt.PresetOption = None,
+    plan: opt.PlanOption = None,
     num: Annotated[int, typer.Option(min=SHOWN, help="Images of each model and seed.")] = 2000,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
     seeds: Annotated[
@@ -84,15 +93,15 @@ def compare_command(
     cells = list(parse_cells(recipes, bits, preset, plan, asked))
     numbers = parse_seeds(seeds)
     protocol = {
-        "model": model, "preset": preset, "plan": plan, "images": num, "steps": steps, "features": features,
+        "model": model, "preset": preset or opt.PRESET, "images": num, "steps": steps, "features": features,
         "versions": versions(),
     }  # fmt: skip
-    protocol |= {} if real is None else {"real": str(real)}
-    protocol |= {} if asked is None else {"conditions": asked.model_dump(mode="json")}
+    given = {"plan": plan, "real": real and str(real), "conditions": asked and asked.model_dump(mode="json")}
+    protocol |= {name: value for name, value in given.items() if value is not None}
     results = open_results(output / "compare.json", protocol)
-    for cell in cells:
+    entries = [entry_of(results, cell) for cell in cells]
+    for cell, entry in zip(cells, entries, strict=True):
         for seed in numbers:
-            entry = entry_of(results, cell)
             if str(seed) in entry["seeds"]:
                 continue
             notes.print(f"{cell.label} {cell.bits}, seed {seed}")
@@ -102,19 +111,37 @@ def compare_command(
 
 
 def parse_cells(
-    recipes: str, bits: str, preset: str, plan: str, conditions: Conditions | None
+    recipes: str, bits: str, preset: str | None, plan: str | None, conditions: Conditions | None
 ) -> Iterator[Cell]:  # fmt: skip
-    """Width by width, every recipe. Raises: UsageError for an unknown recipe, preset, width or plan, before anything runs."""
-    for width in filter(None, bits.lower().split(",")):
-        found = re.fullmatch(r"w(\d+)a(\d+)", width.strip())
+    """Width by width, every recipe.
+
+    Raises: UsageError for an unknown recipe, preset, width or plan, and for two cells of one name, before anything runs.
+    """
+    rules, names, there = opt.read_plan(plan), parts(recipes), set[tuple[str, str]]()
+    if not names or not parts(bits):
+        raise UsageError(f"--recipes {recipes!r}, --bits {bits!r}: give at least one of each")
+    for width in parts(bits.lower()):
+        found = re.fullmatch(r"w(\d+)a(\d+)", width)
         if found is None:
             raise UsageError(f"--bits {width!r}: give widths like w4a8, with commas between")
-        for name in filter(None, recipes.split(",")):
+        for name in names:
+            # a preset is for those that are named; of files alone it is refused
+            applied = None if opt.is_file(name) and not all(map(opt.is_file, names)) else preset
             recipe = opt.make_recipe(
-                name.strip(), preset, weights=int(found[1]), activations=int(found[2]), plan=plan, conditions=conditions
-            )  # fmt: skip
-            yield Cell(Path(name.strip()).stem, recipe)
-    opt.read_plan(plan)
+                name, applied, weights=int(found[1]), activations=int(found[2]), plan=plan, conditions=conditions
+            )
+            cell = Cell(Path(name).stem, recipe, rules)
+            if (cell.label, cell.bits) in there:
+                raise UsageError(
+                    f"two cells are {cell.label} at {cell.bits}: give every recipe's file a name of its own"
+                )
+            there.add((cell.label, cell.bits))
+            yield cell
+
+
+def parts(text: str) -> list[str]:
+    """What stands between commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def parse_seeds(seeds: str) -> list[int]:
@@ -131,19 +158,30 @@ def open_results(path: Path, protocol: dict[str, Any]) -> dict[str, Any]:
         return {"protocol": protocol, "cells": []}
     results: dict[str, Any] = read_json(path)
     there = results.get("protocol", {})
-    if changed := [name for name, value in protocol.items() if there.get(name) != value]:
-        lines = ", ".join(f"{name} {there.get(name)!r} there, {protocol[name]!r} now" for name in changed)
+    # what one of them has not, say guidance, is another way as well
+    if changed := [name for name in protocol | there if there.get(name) != protocol.get(name)]:
+        lines = ", ".join(f"{name} {there.get(name)!r} there, {protocol.get(name)!r} now" for name in changed)
         raise UsageError(f"{path} was measured another way ({lines}); give another --output")
     return results
 
 
 def entry_of(results: dict[str, Any], cell: Cell) -> dict[str, Any]:
-    """The cell's entry in the results, made if it is not there."""
-    for entry in results["cells"]:
-        if (entry["recipe"], entry["bits"]) == (cell.label, cell.bits):
-            return cast(dict[str, Any], entry)
-    results["cells"].append({"recipe": cell.label, "bits": cell.bits, "seeds": {}})
-    return entry_of(results, cell)
+    """The cell's entry in the results, made if it is not there. Raises: UsageError if it is of another recipe or plan."""
+    content = cell.content
+    entry: dict[str, Any] | None = next(
+        (e for e in results["cells"] if (e["recipe"], e["bits"]) == (cell.label, cell.bits)), None
+    )
+    if entry is None:
+        results["cells"].append(entry := {"recipe": cell.label, "bits": cell.bits, "seeds": {}})
+    if not entry["seeds"]:
+        entry["content"] = content
+    was = entry.get("content", content)
+    if changed := [name for name in content | was if content.get(name) != was.get(name)]:
+        raise UsageError(
+            f"{cell.label} at {cell.bits} was measured with other {', '.join(changed)}; "
+            "give another --output, or the recipe's file another name"
+        )
+    return entry
 
 
 def measure(model: str, cell: Cell, seed: int, protocol: dict[str, Any], output: Path) -> dict[str, Any]:
@@ -168,8 +206,9 @@ def make_checkpoint(model: str, cell: Cell, seed: int, protocol: dict[str, Any],
     write_json(recipe, cell.recipe.model_dump(mode="json"))
     command = [
         sys.executable, "-m", "tcaq", "quantize", model, "--output", cell.folder(output, seed), "--recipe", recipe,
-        "--plan", protocol["plan"], "--seed", seed, "--share", output / "trajectories",
+        "--seed", seed, "--share", output / "trajectories",
     ]  # fmt: skip
+    command += ["--plan", protocol["plan"]] if "plan" in protocol else []
     code = subprocess.run([str(part) for part in command], stdout=subprocess.DEVNULL, check=False).returncode
     if code != 0:
         raise RunError(f"quantizing {cell.label} {cell.bits} with seed {seed} ended with exit code {code}; see above")

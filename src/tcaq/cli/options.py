@@ -22,7 +22,11 @@ ModelArgument = Annotated[
 RecipeOption = Annotated[str, typer.Option(help=f"{', '.join(RECIPES)}, or a recipe's JSON file.")]
 WeightsOption = Annotated[int | None, typer.Option(help="Bits of weights, 2-8.", show_default="4")]
 ActivationsOption = Annotated[int | None, typer.Option(help="Bits of activations, 2-8.", show_default="4")]
-PresetOption = Annotated[str, typer.Option(help="fast (no gradients), quick (minutes), or full (best quality).")]
+PRESET = "full"
+PresetOption = Annotated[
+    str | None,
+    typer.Option(help="fast (no gradients), quick (minutes), or full (best quality).", show_default=PRESET),
+]
 StepsOption = Annotated[int | None, typer.Option(help="Sampling steps of calibration.", show_default=False)]
 SamplesOption = Annotated[int | None, typer.Option(help="Images sampled for calibration.", show_default=False)]
 GroupsOption = Annotated[
@@ -38,7 +42,7 @@ IterationsOption = Annotated[
     int | None,
     typer.Option(min=1, help="Iterations of reconstruction for each unit, in the first round.", show_default=False),
 ]
-SeedOption = Annotated[int, typer.Option(help="Seed of calibration.")]
+SeedOption = Annotated[int | None, typer.Option(min=0, help="Seed of calibration.", show_default="0")]
 MemoryOption = Annotated[
     float | None,
     typer.Option(
@@ -46,10 +50,11 @@ MemoryOption = Annotated[
     ),
 ]
 PlanOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="same (every recipe quantizes the same layers), author (those of its authors' code), or a JSON file of rules.",
         metavar="same|author|FILE",
+        show_default="same",
     ),
 ]
 LinearInputsOption = Annotated[
@@ -99,31 +104,33 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for a program
 
 
 def make_recipe(
-    recipe: str, preset: str, *, weights: int | None, activations: int | None, steps: int | None = None,
-    samples: int | None = None, step_groups: str | None = None, rounds: int | None = None, seed: int = 0,
-    memory: float | None = None, plan: str = "same",
+    recipe: str, preset: str | None, *, weights: int | None, activations: int | None, steps: int | None = None,
+    samples: int | None = None, step_groups: str | None = None, rounds: int | None = None, seed: int | None = None,
+    memory: float | None = None, plan: str | None = None,
     left_out: Collection[str] = (), linear_inputs: str | None = None, batch: int | None = None,
     conditions: Conditions | None = None, step_bits: str | None = None, weight_rounding: WeightRounding | None = None,
     iterations: int | None = None,
 ) -> Recipe:  # fmt: skip
-    """The recipe that the options name: a program at a preset or a file, then every option that was given.
+    """The recipe that the options name: a program at a preset (None: PRESET) or a file, then every option that was given.
 
     Raises: UsageError listing every value that is not allowed.
     """
+    if preset is not None and is_file(recipe):
+        raise UsageError(
+            f"--preset {preset}: {recipe} is a whole recipe, to which no preset applies; leave --preset out"
+        )
     asked = None if conditions is None else conditions.model_dump(mode="json")
     sizes = {"images": samples, "steps": steps, "batch": batch, "conditions": asked}
     calibration = {k: v for k, v in sizes.items() if v is not None}
     given = {
         "weights": weights, "activations": activations, "memory": memory, "step_groups": _groups(step_groups),
-        "linear_inputs": linear_inputs,
+        "linear_inputs": linear_inputs, "seed": seed, "layers": plan if plan in get_args(Layers) else None,
     }  # fmt: skip
-    changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None} | {"seed": seed}
+    changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     if step_bits is not None:
         widths = _widths(step_bits)
         # the narrowest is what activations would have at all steps
         changes = {"activations": widths[0]} | changes | {"mixed": {"bits": widths}}
-    if plan in get_args(Layers):
-        changes["layers"] = plan
     if calibration:
         changes["calibration"] = calibration
     changes |= dict.fromkeys(left_out)
@@ -131,14 +138,21 @@ def make_recipe(
         changes["gptq"] = {} if weight_rounding is WeightRounding.GPTQ else None
     if rounds is not None:
         changes["alignment"] = {"rounds": rounds} if rounds else None
-    named = not recipe.endswith(".json")
-    made = preset_recipe(recipe, preset, **changes) if named else Recipe.read(Path(recipe)).changed(changes)
+    if is_file(recipe):
+        made, what = Recipe.read(Path(recipe)).changed(changes), f"recipe {recipe!r}"
+    else:
+        preset = preset or PRESET
+        made, what = preset_recipe(recipe, preset, **changes), f"recipe {recipe!r} at preset {preset!r}"
     fits = {"--rounds": rounds, "--iterations": iterations}
     if made.reconstruction is None and (option := next((name for name, value in fits.items() if value), None)):
-        what = f"recipe {recipe!r} at preset {preset!r}" if named else f"recipe {recipe!r}"
         raise UsageError(f"{option} {fits[option]}: the {what} reconstructs nothing; leave {option} out")
     check_parts(made)
     return made if iterations is None else made.changed({"reconstruction": {"iterations": iterations}})
+
+
+def is_file(recipe: str) -> bool:
+    """Whether a recipe is given as a file, not by name."""
+    return recipe.endswith(".json")
 
 
 def _groups(text: str | None) -> int | str | None:
@@ -156,6 +170,6 @@ def _widths(text: str) -> list[int]:
     return sorted(map(int, parts))
 
 
-def read_plan(plan: str) -> Plan | None:
-    """The rules of a plan file; None if `plan` is the name of a recipe's own plan."""
-    return None if plan in get_args(Layers) else Plan.read(Path(plan))
+def read_plan(plan: str | None) -> Plan | None:
+    """The rules of a plan file; None if `plan` is the name of a recipe's own plan, or not given."""
+    return None if plan is None or plan in get_args(Layers) else Plan.read(Path(plan))

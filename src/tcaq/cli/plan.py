@@ -19,15 +19,15 @@ def plan_command(
     activations: opt.ActivationsOption = None,
     step_groups: opt.GroupsOption = None,
     no_daq: opt.NoDaqOption = False,
-    plan: opt.PlanOption = "same",
+    plan: opt.PlanOption = None,
     linear_inputs: opt.LinearInputsOption = None,
     step_bits: opt.StepBitsOption = None,
     as_json: opt.JsonFlag = False,
 ) -> None:
     """Print which grid every layer of MODEL would get, and which layers stay float and why."""
     spec = opt.make_recipe(
-        recipe, "full", weights=weights, activations=activations, steps=None, samples=None, step_groups=step_groups,
-        rounds=None, seed=0, memory=None, plan=plan, left_out=["daq"] if no_daq else [], linear_inputs=linear_inputs,
+        recipe, None, weights=weights, activations=activations, steps=None, samples=None, step_groups=step_groups,
+        rounds=None, memory=None, plan=plan, left_out=["daq"] if no_daq else [], linear_inputs=linear_inputs,
         step_bits=step_bits,
     )  # fmt: skip
     denoiser = find_denoiser(open_float(model))[1]
