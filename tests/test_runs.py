@@ -16,7 +16,7 @@ from torch import Tensor
 from tcaq import runs
 from tcaq.errors import RunError, UsageError
 from tcaq.records import Record
-from tcaq.runs import Run
+from tcaq.runs import Run, _peak_memory
 
 IDENTITY: dict[str, Any] = {
     "recipe": {"name": "tcaq", "rounds": 2, "bits": [4, 4]},
@@ -148,6 +148,16 @@ def test_apply_always_gets_what_is_on_disk(tmp_path: Path) -> None:
         with Run.open(tmp_path, {}) as run:
             run.step("a", lambda: Record({}, {"pair": (1, 2)}), lambda record: seen.append(record.meta["pair"]))
     assert seen == [[1, 2], [1, 2]]  # a list both times: also the first went through the file
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no count is known that begins with the process")
+def test_peak_memory_is_not_that_of_the_parent() -> None:
+    ballast = torch.ones(2**27)  # half a GiB
+    own = _peak_memory()
+    assert own > ballast.nbytes
+    code = "from tcaq.runs import _peak_memory; print(_peak_memory())"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(child.stdout) < own - ballast.nbytes // 2
 
 
 def test_results_names_and_timings(tmp_path: Path) -> None:
@@ -300,7 +310,7 @@ def test_leftovers_of_a_killed_process_are_swept(tmp_path: Path) -> None:
 HOLD = """
 import sys
 from pathlib import Path
-from tcaq.runs import Run
+from tcaq.runs import Run, _peak_memory
 run = Run.open(Path(sys.argv[1]), {})
 print("open", flush=True)
 sys.stdin.read()
@@ -344,7 +354,7 @@ from safetensors import torch as store
 
 from tcaq import records
 from tcaq.records import Record, read_json
-from tcaq.runs import Run
+from tcaq.runs import Run, _peak_memory
 
 torch.set_num_threads(1)
 root = Path(sys.argv[1])
