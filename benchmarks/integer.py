@@ -22,6 +22,7 @@ import torch
 from diffusers import DiffusionPipeline
 from machine import machine
 from page import ROOT
+from protocol import stored
 from quality import tcaq
 from torch import Tensor
 
@@ -79,11 +80,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
+    how = {"num": args.num, "pairs": args.pairs, "steps": args.steps, "seed": args.seed, "machine": machine()}
+    stored(args.results, how)  # refuses before anything is measured
     for folder in args.folders:
         cell = {"to fake": likeness(folder, args), "distances": distances(folder, args)}
-        results = read_json(args.results) if args.results.exists() else {"cells": {}}
-        how = {"num": args.num, "pairs": args.pairs, "steps": args.steps, "seed": args.seed, "machine": machine()}
-        write_json(args.results, how | {"cells": results["cells"] | {folder.name: cell}})
+        results = stored(args.results, how)
+        results["cells"][folder.name] = cell
+        write_json(args.results, results)
         print(folder.name, cell, flush=True)
 
 

@@ -51,13 +51,15 @@ CHECKPOINTS = {"w8a8": "W8A8", "w8a8-symmetric": "W8A8 with weights around zero"
 
 
 def main() -> None:
-    """Write the page."""
-    PAGE.write_text("\n".join(page()))
-
-
-def page() -> list[str]:
-    """Lines of the page."""
+    """Write the page, and the figure that it shows."""
     found = {path.stem: read_json(path) for path in sorted(RESULTS.glob("*.json"))}
+    PAGE.write_text("\n".join(page(found)))
+    if growths(found.get("speed", {})):
+        draw(found["speed"], "w4a4", PAGE.parent / "images" / "growth.png")
+
+
+def page(found: Mapping[str, Any]) -> list[str]:
+    """Lines of the page. Args: found: what each study left, by its name."""
     lines = ["# Results", "", "Written by `python benchmarks/page.py`; do not edit by hand.", ""]
     lines += quality(found["quality"], found.get("spread", {}).get("cells", {})) if "quality" in found else []
     lines += (
@@ -226,12 +228,8 @@ def race(table: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
 
 def grown(results: Mapping[str, Any]) -> list[str]:
     """The figure, and where integers stop paying; empty if that was not measured."""
-    models = {
-        name: results[name]["w4a4"]["growth"] for name in TITLES if "growth" in results.get(name, {}).get("w4a4", {})
-    }
-    if not models:
+    if not (models := growths(results)):
         return []
-    draw(results, "w4a4", PAGE.parent / "images" / "growth.png")
     lines = ["### As work grows, W4A4", "", "![times as fast as fp32 over batch and size](images/growth.png)", ""]
     for name, growth in models.items():
         for axis, curves in ratios(growth).items():
@@ -239,6 +237,13 @@ def grown(results: Mapping[str, Any]) -> list[str]:
             where = f"does not pay at {', '.join(slow)}" if slow else "pays throughout"
             lines.append(f"- {TITLES[name]}, by {axis}: `integer` {where} ({_span(curves['integer'])} times fp32).")
     return [*lines, ""]
+
+
+def growths(results: Mapping[str, Any]) -> dict[str, Any]:
+    """How the speed of each model grows, for those where it was measured."""
+    return {
+        name: results[name]["w4a4"]["growth"] for name in TITLES if "growth" in results.get(name, {}).get("w4a4", {})
+    }
 
 
 def _span(curve: Mapping[int, float]) -> str:

@@ -3,8 +3,8 @@
     python benchmarks/refit.py FOLDER start '{}' reconstruct/0 '{"weight_rate": 1e-3}' reconstruct/1 null
 
 FOLDER is what `tcaq quantize reference --preset full` wrote. Arguments come in pairs: the round to start from (`start`: before any
-reconstruction), and the changes to the recipe's `network` as JSON (null: no fit at all). The fit's inputs are the run's last
-trajectories of the quantized model. Evaluation seed 7, which no published number uses.
+reconstruction), and the changes to the recipe's `network` as JSON (null: no fit at all). The fit's inputs are the trajectories that
+the run's own last fit was given. Evaluation seed 7, which no published number uses.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tcaq.checkpoint import pack
 from tcaq.evaluate.features import load_features
 from tcaq.evaluate.protocol import Protocol, evaluate
 from tcaq.layers.insert import insert
+from tcaq.models.bypass import bypass_of
 from tcaq.models.config import TcaqConfig
 from tcaq.models.denoiser import attach_clock
 from tcaq.models.sampler import Trajectories
@@ -30,6 +31,7 @@ from tcaq.runs import Run
 from tcaq.spec.plan import ResolvedPlan
 from tcaq.spec.recipe import NetworkFit, Recipe, merged
 from tcaq.spec.steps import StepGroups
+from tcaq.stages.bypass import apply_bypass, inside
 from tcaq.stages.collect import trajectories_of
 from tcaq.stages.equalize import apply_vectors
 from tcaq.stages.reconstruct import Fit, Reconstructor, apply_unit
@@ -60,20 +62,33 @@ def restored(run: Run, start: str) -> tuple[DiffusionPipeline, TcaqConfig]:
         apply_vectors(pipe.unet, only(run, "equalize"))
     apply_weight_scales(pipe.unet, only(run, "scale/weights"))
     apply_input_scales(pipe.unet, only(run, "scale/inputs"))
+    for _, record in run.results("bypass"):
+        apply_bypass(pipe.unet, record)
     apply_choices(pipe.unet, only(run, "select"))
     if start != "start":
         for name, record in run.results(start):
             apply_unit(Unit(name, pipe.unet.get_submodule(name)), record)
-    return pipe, TcaqConfig(plan=plan, groups=groups, recipe=recipe.model_dump(mode="json"))
+    config = TcaqConfig(plan=plan, groups=groups, recipe=recipe.model_dump(mode="json"))
+    config.bypass = bypass_of(pipe.unet) is not None
+    return pipe, config
+
+
+def fitted_on(run: Run, recipe: Recipe) -> str:
+    """The round of collection that the last fit was given; later ones are those of the correction's trials."""
+    scores = [only(run, name).meta["fd"] for name in sorted(run.finished()) if name.startswith("score/")]
+    if len(scores) > 1 and scores[-1] >= min(scores[:-1]):  # the last round was taken back
+        return f"collect/{len(scores) - 1}"
+    return f"collect/{(recipe.alignment.rounds if recipe.alignment else 0) + 1}"
 
 
 def refit(pipe: DiffusionPipeline, run: Run, changes: dict[str, object]) -> Record:
-    """Fit the whole denoiser on the last trajectories."""
-    network = Recipe.parse(run.identity["recipe"], where="run").network or NetworkFit()
+    """Fit the whole denoiser on the trajectories of the run's own fit."""
+    recipe = Recipe.parse(run.identity["recipe"], where="run")
+    network = recipe.network or NetworkFit()
     fit = NetworkFit.parse(merged(network.model_dump(), changes), where="changes")
-    last = max(name for name in run.finished() if name.startswith("collect/"))
-    whole, how = Unit("network", pipe.unet), Fit(fit.reconstruction(), fit.iterations)
-    with Reconstructor(pipe.unet, [whole], trajectories(run, last), how, memory=4.0) as reconstructor:
+    seen = inside(pipe.unet, trajectories(run, fitted_on(run, recipe)))
+    whole, how = Unit("network", pipe.unet), Fit(fit.reconstruction(), fit.iterations, seed=recipe.seed)
+    with Reconstructor(pipe.unet, [whole], seen, how, memory=4.0) as reconstructor:
         return reconstructor.fit(whole.name)
 
 

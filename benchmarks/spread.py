@@ -13,12 +13,14 @@ shared. The calibration's own chance (another seed, other roundings) is not in i
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from model import add_model, conditions
 from page import ROOT
+from protocol import stored
 from quality import cells
 from torch import Tensor
 
@@ -27,7 +29,7 @@ from tcaq.cli.models import open_float
 from tcaq.evaluate.features import load_features
 from tcaq.evaluate.metrics import Moments, frechet_distance
 from tcaq.evaluate.sampling import sample_for_evaluation
-from tcaq.records import read_json, write_json
+from tcaq.records import write_json
 
 RESULTS = ROOT / "benchmarks" / "results" / "spread.json"
 BLOCKS = 40
@@ -38,13 +40,21 @@ def left_out(pipe: Any, args: argparse.Namespace) -> Tensor:
     how = {"num": args.num, "steps": args.steps, "seed": args.seed, "batch": 32, "conditions": conditions(args)}
     images = sample_for_evaluation(pipe, args.output / "samples", **how).images
     extractor = load_features("reference")
-    parts = [Moments.of(part) for part in extractor.extract(images, 100).chunk(BLOCKS)]
-    real, whole = extractor.statistics, Moments.of(extractor.extract(images, 100))
-    distances = []
-    for part in parts:
-        rest = Moments(whole.count - part.count, whole.total - part.total, whole.outer - part.outer)
-        distances.append(frechet_distance(rest.mean, rest.covariance, real.mean, real.covariance))
-    return torch.tensor(distances, dtype=torch.float64)
+    real = extractor.statistics
+    return torch.tensor(
+        [
+            frechet_distance(rest.mean, rest.covariance, real.mean, real.covariance)
+            for rest in without_each_block(extractor.extract(images, 100))
+        ],
+        dtype=torch.float64,
+    )
+
+
+def without_each_block(features: Tensor) -> Iterator[Moments]:
+    """Moments of features [N, D] without the first block of them, without the second one, and so on."""
+    whole = Moments.of(features)
+    for part in map(Moments.of, features.tensor_split(BLOCKS)):  # blocks differ by one image at most
+        yield Moments(whole.count - part.count, whole.total - part.total, whole.outer - part.outer)
 
 
 def error(values: Tensor) -> float:
@@ -63,6 +73,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(cells("")), help="cells; others keep what they have")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
+    how = {"blocks": BLOCKS, "num": args.num, "steps": args.steps, "seed": args.seed}
+    results = stored(args.results, how)
     asked = set(args.only or cells(""))
     asked |= {f"tcaq-{name.rpartition('-')[2]}" for name in asked}  # what they are compared with
     base = left_out(open_float(args.model), args)
@@ -71,7 +83,6 @@ def main() -> None:
         for name in cells("")
         if name in asked and (args.output / f"{name}.json").exists()
     }
-    results = read_json(args.results) if args.results.exists() else {"cells": {}}
     for name, ratio in ratios.items():
         whole = ratios.get(f"tcaq-{name.rpartition('-')[2]}")
         cell = {"error": error(ratio)}
@@ -79,7 +90,7 @@ def main() -> None:
             cell |= {"more": float((ratio - whole).mean()), "error of more": error(ratio - whole)}
         results["cells"][name] = cell
         print(name, {key: round(value, 4) for key, value in cell.items()}, flush=True)
-    write_json(args.results, {"blocks": BLOCKS, "num": args.num, "steps": args.steps, "seed": args.seed, **results})
+    write_json(args.results, results)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,77 @@
+"""What the studies under benchmarks/ compute, where no study's run would show an error."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports a script as it imports its neighbours: from its own folder."""
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module
+
+
+def test_the_jackknife_gives_the_standard_error_of_a_mean(script):
+    spread = script("spread")
+    features = torch.randn(500, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    left_out = list(spread.without_each_block(features))
+    assert [moments.count for moments in left_out] == [500 - 13] * 20 + [500 - 12] * 20
+    for moments, part in zip(left_out, range(40), strict=True):
+        kept = torch.cat([block for i, block in enumerate(features.tensor_split(40)) if i != part])
+        torch.testing.assert_close(moments.mean, kept.mean(0))
+    means = torch.stack([moments.mean[0] for moments in left_out])
+    assert spread.error(means) == pytest.approx(float(features[:, 0].std()) / 500**0.5, rel=0.25)
+    blocks = torch.randn(40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    exact = torch.stack([(blocks.sum() - block) / 39 for block in blocks])
+    assert spread.error(exact) == pytest.approx(float(blocks.std()) / 40**0.5)  # of equal blocks it is the textbook's
+
+
+def test_results_of_another_protocol_are_refused(script, tmp_path):
+    stored, path = script("protocol").stored, tmp_path / "results.json"
+    assert stored(path, {"num": 4}) == {"num": 4, "cells": {}}
+    path.write_text(json.dumps({"num": 4, "cells": {"a": 1}}))
+    assert stored(path, {"num": 4})["cells"] == {"a": 1}
+    with pytest.raises(SystemExit, match="num 4 there, 5 now"):
+        stored(path, {"num": 5})
+
+
+def test_the_last_fit_of_a_run_is_found_among_its_rounds(script):
+    refit = script("refit")
+
+    class Scored:
+        def __init__(self, *scores: float) -> None:
+            self.scores = scores
+
+        def finished(self) -> list[str]:
+            return [f"score/{i}" for i in range(len(self.scores))]
+
+        def results(self, name: str):
+            yield name, type("Record", (), {"meta": {"fd": self.scores[int(name.rpartition("/")[2])]}})
+
+    recipe = refit.Recipe(alignment={"rounds": 2})
+    assert refit.fitted_on(Scored(), recipe) == "collect/3"
+    assert refit.fitted_on(Scored(3.0, 2.0, 1.0), recipe) == "collect/3"
+    assert refit.fitted_on(Scored(3.0, 4.0), recipe) == "collect/1"
+    assert refit.fitted_on(Scored(3.0, 2.0, 5.0), recipe) == "collect/2"
+    assert refit.fitted_on(Scored(), recipe.changed({"alignment": None})) == "collect/1"
+
+
+def test_the_page_is_made_without_drawing(script, monkeypatch):
+    page = script("page")
+    monkeypatch.setattr(page, "draw", lambda *_: pytest.fail("drawn"))
+    found = {path.stem: json.loads(path.read_text()) for path in page.RESULTS.glob("*.json")}
+    assert any("images/growth.png" in line for line in page.page(found))
+
+
+def test_a_machine_without_proc_has_a_name(script, monkeypatch):
+    machine = script("machine")
+    monkeypatch.setattr(machine, "Path", lambda _: Path("/nowhere/cpuinfo"))
+    assert machine.machine() == machine.platform.processor()
