@@ -152,7 +152,7 @@ def test_apply_always_gets_what_is_on_disk(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no count is known that begins with the process")
 def test_peak_memory_is_not_that_of_the_parent() -> None:
-    ballast = torch.ones(2**27)  # half a GiB
+    ballast = torch.ones(2**26)  # a quarter of a GiB
     own = _peak_memory()
     assert own > ballast.nbytes
     code = "from tcaq.runs import _peak_memory; print(_peak_memory())"
