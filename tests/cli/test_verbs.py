@@ -161,6 +161,36 @@ def test_sample_writes_the_images_of_the_seeds(folders, tmp_path):
     assert pixels(tmp_path / "grid.png").shape[0] >= 32
 
 
+def test_sample_writes_each_batch_as_it_comes_and_names_what_was_there(folders, tmp_path, monkeypatch):
+    root, _ = folders
+    command = ["sample", root / "float", "--steps", 1, "--batch", 2, "--output", tmp_path / "s"]
+    assert "earlier call" not in invoke(*command, "--num", 5).stderr
+    assert "still holds 2 images of an earlier call, from 00003.png on" in " ".join(
+        invoke(*command, "--num", 3).stderr.split()
+    )
+
+    def stop_at_second(pipe, seeds, steps, conditions, first):
+        if first:
+            raise KeyboardInterrupt
+        return sample(pipe, seeds, steps, conditions, first)
+
+    monkeypatch.setattr("tcaq.cli.sample.sample", stop_at_second)
+    stopped = invoke(*command[:-1], tmp_path / "half", "--num", 5)
+    assert stopped.exit_code == 130
+    assert "goes on" not in stopped.stderr
+    assert len(list((tmp_path / "half").iterdir())) == 2
+
+
+def test_what_is_stopped_says_that_it_goes_on(monkeypatch):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tcaq.cli.quantize.open_float", stop)
+    result = invoke("quantize", "reference", "--output", "o")
+    assert result.exit_code == 130
+    assert "the same command goes on from here" in " ".join(result.stderr.split())
+
+
 def test_report_shows_both_schedulers(folders, tmp_path):
     root, _ = folders
     options = ["--reference", root / "float", "--num", 2, "--steps", 3, "--features", "tests.cli.test_verbs:Pixels"]

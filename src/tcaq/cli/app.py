@@ -1,4 +1,4 @@
-"""The command's frame: errors become one line and an exit code - 2 for wrong usage, 1 for any other failure."""
+"""The command's frame: errors become one line and an exit code - 2 for wrong usage, 130 if stopped, 1 for any other failure."""
 
 from __future__ import annotations
 
@@ -18,17 +18,25 @@ notes = Console(stderr=True)
 """Progress and remarks; standard output stays for results, so that a program can read it."""
 
 
+RESUMED = ("quantize", "evaluate", "report", "compare", "demo")
+"""Verbs that go on where they stopped."""
+
+
 class TcaqGroup(TyperGroup):
     """Turns the errors raised on purpose into one line on standard error and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the verb. Raises: typer.Exit with code 2 for wrong usage, 1 for any other failure."""
+        """Run the verb. Raises: typer.Exit with code 2 for wrong usage, 130 if stopped, 1 for any other failure."""
         keep_freed_memory()
         try:
             return super().invoke(ctx)
         except TcaqError as error:
             notes.print(Text.assemble(("error: ", "bold red"), str(error)))
             raise typer.Exit(2 if isinstance(error, UsageError) else 1) from error
+        except KeyboardInterrupt as stop:
+            resumed = ctx.invoked_subcommand in RESUMED
+            notes.print("stopped; the same command goes on from here" if resumed else "stopped")
+            raise typer.Exit(130) from stop
 
 
 # its bars while loading would run through ours

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import torch
 import typer
+from torch import Tensor
 
 from tcaq.cli import options as opt
-from tcaq.cli.app import app, console
+from tcaq.cli.app import app, console, notes
 from tcaq.cli.asking import SchedulerOption, asks
 from tcaq.cli.models import executed, open_any
 from tcaq.cli.progress import stage_progress
@@ -46,14 +47,22 @@ def sample_command(
         on_progress("images", 0, num, False)
         for chunk in batches(range(num), batch):
             seeds = image_seeds("sample", seed, chunk[0], chunk[-1] + 1)
-            parts.append(sample(pipe, seeds, steps, conditions, chunk[0]))
+            images = sample(pipe, seeds, steps, conditions, chunk[0])
+            if output.suffix == ".png":
+                parts.append(images)
+            else:
+                write_single(images, output, chunk[0])
             on_progress("images", chunk[-1] + 1, num, False)
-    images = torch.cat(parts)
-    if output.suffix == ".png":
+    if parts:
         with replacing(output) as path:
-            grid_image(images, columns=max(1, round(num**0.5))).save(path, format="PNG")
-    else:
-        for index, image in enumerate(images.split(1)):
-            with replacing(output / f"{index:05d}.png") as path:
-                grid_image(image, columns=1, scale=1).save(path, format="PNG")
+            grid_image(torch.cat(parts), columns=max(1, round(num**0.5))).save(path, format="PNG")
     console.print(f"{num} images written to {output}")
+    if older := [path for path in output.glob("*.png") if path.stem.isdecimal() and int(path.stem) >= num]:
+        notes.print(f"{output} still holds {len(older)} images of an earlier call, from {min(older).name} on")
+
+
+def write_single(images: Tensor, folder: Path, first: int) -> None:
+    """A file for each image, uint8 [N, C, H, W], named by its number."""
+    for index, image in enumerate(images.split(1), start=first):
+        with replacing(folder / f"{index:05d}.png") as path:
+            grid_image(image, columns=1, scale=1).save(path, format="PNG")
