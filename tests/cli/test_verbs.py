@@ -108,6 +108,12 @@ def test_plan_prints_the_table_without_running(folders):
     assert "conv_in" in invoke("plan", root / "float").stdout
 
 
+def test_plan_cuts_no_name_however_narrow_the_terminal(folders, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    said = invoke("plan", folders[0] / "float").stdout
+    assert "…" not in said
+
+
 def test_plan_takes_step_groups_where_a_recipe_has_one(folders):
     command = ("plan", folders[0] / "float", "--recipe", "minmax", "--step-bits", "4,8")
     assert "more than one step group" in " ".join(invoke(*command).stderr.split())

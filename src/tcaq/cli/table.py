@@ -13,7 +13,9 @@ from tcaq.spec.plan import LayerGrids, ResolvedPlan
 
 def plan_table(plan: ResolvedPlan) -> Table:
     """A row for every layer: name, kind, weight grid, input grids, or float and why."""
-    table = Table("layer", "kind", "weight", "inputs", "remark")
+    table = Table()
+    for heading in ("layer", "kind", "weight", "inputs", "remark"):
+        table.add_column(heading, overflow="fold")  # a narrow terminal breaks names rather than cut them
     for layer in plan.layers:
         weight = str(layer.weight) if layer.weight else ("" if layer.kind in ("scores", "mix") else "float")
         inputs = ", ".join(map(str, layer.inputs)) or "float"
