@@ -31,6 +31,13 @@ class Pixels(nn.Module):
         return torch.stack([values[:, i::2, j::2].mean((1, 2)) for i in (0, 1) for j in (0, 1)], 1)
 
 
+class Narrow(Pixels):
+    """An extractor that no image of these tests fits."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.reshape(len(images), 7)
+
+
 def invoke(*args: object):
     return RUNNER.invoke(app, [str(a) for a in args])
 
@@ -197,16 +204,69 @@ def test_what_is_stopped_says_that_it_goes_on(monkeypatch):
     assert "the same command goes on from here" in " ".join(result.stderr.split())
 
 
+def test_without_features_only_what_fits_the_images_is_measured(folders, tmp_path):
+    root, _ = folders
+    command = [
+        "evaluate", root / "w4a4", "--reference", root / "float", "--num", 2, "--steps", 1, "--work", tmp_path / "work",
+        "--json", tmp_path / "out.json",
+    ]  # fmt: skip
+    result = invoke(*command)
+    assert result.exit_code == 0, result.output
+    assert "need --features" in " ".join(result.stderr.split())
+    assert "noise by step" in result.stderr
+    scores = json.loads((tmp_path / "out.json").read_text())
+    assert (scores["features"], scores["paired"]["fd_to_float"], scores["ratio"]["fd"]) == (None, None, None)
+    assert next(line for line in result.stdout.splitlines() if "float" in line and "│" in line).count(" - ") == 3
+    told = {"reference": "given torch.uint8 [1, 1, 16, 16]", "json:loads": "cannot be called without arguments"}
+    told["tests.cli.test_verbs:Narrow"] = "fails on this model's images, [1, 16, 16]"
+    for features, message in told.items():
+        refused = invoke(*command[:-4], "--work", tmp_path / "none", "--features", features)
+        assert isinstance(refused.exception, SystemExit), refused.output
+        assert message in " ".join(refused.output.split())
+    assert "say with --features" in " ".join(invoke(*command[:-4], "--real", tmp_path).output.split())
+    assert not (tmp_path / "none").exists(), "nothing was sampled"
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "report"])
+def test_a_reference_of_other_weights_is_refused(folders, tmp_path, verb):
+    from tests.conftest import build_pipeline
+
+    root, _ = folders
+    build_pipeline(channels=(8, 8, 16)).save_pretrained(tmp_path / "other")
+    for reference in (root / "w4a4", tmp_path / "other"):
+        result = invoke(verb, root / "w4a4", "--reference", reference, "--num", 2, "--work", tmp_path / "work")
+        assert result.exit_code == 2, result.output
+        assert "are not those that" in " ".join(result.output.split())
+    assert not (tmp_path / "work").exists(), "nothing was sampled"
+
+
+@pytest.mark.parametrize("verb", ["quantize", "sample", "evaluate", "report", "compare"])
+def test_more_steps_than_the_scheduler_has_are_refused(folders, tmp_path, verb):
+    root, _ = folders
+    args = {
+        "quantize": [root / "float", "--output", tmp_path / "o"],
+        "sample": [root / "w4a4", "--output", tmp_path / "o"],
+        "evaluate": [root / "w4a4", "--reference", root / "float"],
+        "report": [root / "w4a4", "--reference", root / "float"],
+        "compare": [root / "float", "--output", tmp_path / "o"],
+    }
+    result = invoke(verb, *args[verb], "--steps", 1001)
+    assert result.exit_code == 2, result.output
+    assert "--steps 1001: DDIMScheduler of this model has 1000" in " ".join(result.output.split())
+    assert not (tmp_path / "o").exists()
+
+
 def test_report_shows_both_schedulers(folders, tmp_path):
     root, _ = folders
     options = ["--reference", root / "float", "--num", 2, "--steps", 3, "--features", "tests.cli.test_verbs:Pixels"]
     page, work = tmp_path / "page.html", tmp_path / "work"
-    more = ["--schedulers", "DPMSolverMultistepScheduler", "--output", page, "--work", work]
+    more = ["--schedulers", "DPMSolverMultistepScheduler,DDIMScheduler", "--output", page, "--work", work]
     result = invoke("report", root / "w4a4", *options, *more)
     assert result.exit_code == 0, result.output
     text = page.read_text()
     assert "DDIMScheduler, 3 steps" in text
     assert "DPMSolverMultistepScheduler, 3 steps" in text
+    assert result.stdout.count("DDIMScheduler, 3 steps") == 1  # the model's own is there already
     assert len(list(work.iterdir())) == 4, "two models under two schedulers"
     assert invoke("report", root / "float", *options).exit_code == 2
 

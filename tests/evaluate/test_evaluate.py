@@ -91,6 +91,13 @@ def test_without_real_data_the_paired_measures_remain() -> None:
     assert result.paired.fd_to_float > 0
 
 
+def test_without_features_no_distance_is_made() -> None:
+    result = score(FLOAT, QUANTIZED, None, **HOW)
+    assert (result.features, result.paired.fd_to_float, result.float.fd, result.ratio.fd) == (None,) * 4
+    assert result.paired.psnr > 0
+    assert Evaluation.model_validate_json(result.model_dump_json()) == result
+
+
 def test_a_model_against_itself_is_perfect(real: RealStatistics) -> None:
     result = score(FLOAT, FLOAT, FeatureExtractor("halves", Halves(), 2), **HOW, real=real)
     assert result.ratio.fd == 1

@@ -77,6 +77,7 @@ def test_extraction_does_not_depend_on_the_batch(batch_size: int) -> None:
         ("no_such_module:x", "PYTHONPATH"),
         ("own_features:nothing", "has no 'nothing'"),
         ("own_features:number", "is a int"),
+        ("json:loads", "cannot be called without arguments"),
         ("own_features:wrong", "yields a dict"),
     ],
 )

@@ -162,6 +162,14 @@ def test_wrong_use_says_so(folders, args, code, says, tmp_path, monkeypatch):
     assert says in " ".join(result.output.split())
 
 
+@pytest.mark.parametrize("verb", ["quantize", "sample"])
+def test_classes_that_the_model_has_not_are_refused(tmp_path, verb):
+    pipeline_of("dit").save_pretrained(tmp_path / "dit")
+    result = invoke(verb, tmp_path / "dit", "--output", tmp_path / "o", "--labels", "3,1000,9999")
+    assert result.exit_code == 2, result.output
+    assert "--labels 1000,9999: the model has classes 0 to 999" in " ".join(result.output.split())
+
+
 def test_an_unreachable_hub_is_named():
     command = [sys.executable, "-m", "tcaq", "plan", "some/model"]
     nowhere = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HUB_ETAG_TIMEOUT": "1"}

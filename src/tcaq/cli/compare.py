@@ -18,6 +18,7 @@ from tcaq.checkpoint import load
 from tcaq.cli import options as opt
 from tcaq.cli.app import app, console, notes
 from tcaq.cli.asking import asks
+from tcaq.cli.checking import check_asked, find_features
 from tcaq.cli.models import open_float
 from tcaq.cli.progress import stage_progress
 from tcaq.errors import RunError, UsageError
@@ -26,6 +27,7 @@ from tcaq.evaluate.features import load_features
 from tcaq.evaluate.protocol import Protocol, evaluate
 from tcaq.evaluate.real import load_real
 from tcaq.evaluate.sampling import sample_for_evaluation
+from tcaq.models.prompting import resolve_conditions
 from tcaq.recipes.quantize import RUN_FOLDER, outcome
 from tcaq.recipes.registry import RECIPES
 from tcaq.records import read_json, replacing, write_json
@@ -83,7 +85,7 @@ def compare_command(
     seeds: Annotated[
         str, typer.Option(help="Each seed calibrates anew and samples anew; calibration and evaluation share no noise.")
     ] = "1",
-    features: Annotated[str, typer.Option(help="reference, inception, dinov2, or module:attribute.")] = "reference",
+    features: opt.FeaturesOption = None,
     real: Annotated[
         Path | None, typer.Option(help="Real images (folder) or statistics (.npz), if the extractor brings none.")
     ] = None,
@@ -92,11 +94,16 @@ def compare_command(
     """Quantize MODEL by every recipe at every width, measure all of them alike, and write compare.json, .md and .html."""
     cells = list(parse_cells(recipes, bits, preset, plan, asked))
     numbers = parse_seeds(seeds)
+    pipe = open_float(model)
+    check_asked(pipe, steps, resolve_conditions(pipe, asked))
+    extractor = find_features(pipe, features, asked, real)
     protocol = {
-        "model": model, "preset": preset or opt.PRESET, "images": num, "steps": steps, "features": features,
-        "versions": versions(),
+        "model": model, "preset": preset or opt.PRESET, "images": num, "steps": steps, "versions": versions(),
     }  # fmt: skip
-    given = {"plan": plan, "real": real and str(real), "conditions": asked and asked.model_dump(mode="json")}
+    given = {
+        "features": extractor and extractor.name, "plan": plan, "real": real and str(real),
+        "conditions": asked and asked.model_dump(mode="json"),
+    }  # fmt: skip
     protocol |= {name: value for name, value in given.items() if value is not None}
     results = open_results(output / "compare.json", protocol)
     entries = [entry_of(results, cell) for cell in cells]
@@ -216,11 +223,11 @@ def make_checkpoint(model: str, cell: Cell, seed: int, protocol: dict[str, Any],
 
 def evaluation(protocol: dict[str, Any], seed: int, output: Path) -> Protocol:
     """The protocol of one seed."""
-    extractor = load_features(protocol["features"])
+    extractor = load_features(protocol["features"]) if "features" in protocol else None
     real, conditions = protocol.get("real"), protocol.get("conditions")
     return Protocol(
         extractor=extractor, work=output / "samples", num=protocol["images"], steps=protocol["steps"], seed=seed,
-        real=None if real is None else load_real(Path(real), extractor),
+        real=None if real is None or extractor is None else load_real(Path(real), extractor),
         conditions=None if conditions is None else Conditions.parse(conditions, where="--conditions"),
     )  # fmt: skip
 

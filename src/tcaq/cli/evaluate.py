@@ -11,10 +11,10 @@ from rich.table import Table
 from tcaq.cli import options as opt
 from tcaq.cli.app import app, console
 from tcaq.cli.asking import SchedulerOption, asks
+from tcaq.cli.checking import check_asked, check_reference, find_features
 from tcaq.cli.models import executed, open_float, open_quantized
 from tcaq.cli.progress import stage_progress
 from tcaq.evaluate.evaluate import Evaluation
-from tcaq.evaluate.features import load_features
 from tcaq.evaluate.protocol import Protocol, evaluate
 from tcaq.evaluate.real import load_real
 from tcaq.models.prompting import resolve_conditions
@@ -31,7 +31,7 @@ def evaluate_command(
     num: Annotated[int, typer.Option(min=2, help="Images of each model.")] = 2000,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the images; calibration never draws the same noise.")] = 1,
-    features: Annotated[str, typer.Option(help="reference, inception, dinov2, or module:attribute.")] = "reference",
+    features: opt.FeaturesOption = None,
     real: Annotated[
         Path | None, typer.Option(help="Real images (folder) or statistics (.npz), if the extractor brings none.")
     ] = None,
@@ -45,13 +45,15 @@ def evaluate_command(
     execution: opt.ExecutionOption = opt.Execution.FAKE,
 ) -> None:
     """Sample both models from the same seeds and measure how far their images are from the data and from each other."""
-    quantized, original = executed(open_quantized(folder), execution), open_float(reference)
-    quantized, original = use_scheduler(quantized, scheduler), use_scheduler(original, scheduler)
-    extractor = load_features(features)
+    quantized, original = open_quantized(folder), open_float(reference)
+    check_reference(folder, original)
+    quantized, original = use_scheduler(executed(quantized, execution), scheduler), use_scheduler(original, scheduler)
+    conditions = resolve_conditions(original, asked)
+    check_asked(original, steps, conditions)
+    extractor = find_features(original, features, conditions, real)
     protocol = Protocol(
         extractor=extractor, work=work or folder / "evaluation", num=num, steps=steps, seed=seed, batch=batch,
-        real=None if real is None else load_real(real, extractor),
-        conditions=resolve_conditions(original, asked),
+        real=None if real is None or extractor is None else load_real(real, extractor), conditions=conditions,
     )  # fmt: skip
     with stage_progress() as on_progress:
         result, _, _ = evaluate(original, quantized, protocol, on_progress)
@@ -63,11 +65,13 @@ def evaluate_command(
 def scores_table(results: dict[str, Evaluation]) -> Table:
     """The float row once, then a row for each evaluated model."""
     first = next(iter(results.values()))
-    title = f"{first.scheduler}, {first.steps} steps, {first.num} images, seed {first.seed}, features {first.features}"
+    title = f"{first.scheduler}, {first.steps} steps, {first.num} images, seed {first.seed}, features {first.features or 'none'}"
     table = Table("model", "FD", "FD ratio", "KID", "PSNR dB", "SSIM", "FD to float", "seconds", title=title)
+    float_ratio = None if first.float.fd is None else 1.0
     table.add_row(
-        "float", number(first.float.fd), "1.000", number(first.float.kid, 5), "", "", "", number(first.float.seconds, 1)
-    )
+        "float", number(first.float.fd), number(float_ratio, 3), number(first.float.kid, 5), "", "", "",
+        number(first.float.seconds, 1),
+    )  # fmt: skip
     for name, r in results.items():
         table.add_row(
             name, number(r.quantized.fd), number(r.ratio.fd, 3), number(r.quantized.kid, 5), number(r.paired.psnr),

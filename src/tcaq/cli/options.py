@@ -87,6 +87,13 @@ WeightRoundingOption = Annotated[
         show_default="nearest",
     ),
 ]
+FeaturesOption = Annotated[
+    str | None,
+    typer.Option(
+        help="reference, inception, dinov2, or module:attribute.",
+        show_default="reference for images of its size, else paired measures only",
+    ),
+]
 BatchOption = Annotated[int | None, typer.Option(min=1, help="Images at a time in calibration.", show_default=False)]
 
 

@@ -12,6 +12,7 @@ from tcaq.checkpoint import INDEX
 from tcaq.cli import options as opt
 from tcaq.cli.app import app, console, notes
 from tcaq.cli.asking import asks
+from tcaq.cli.checking import check_asked
 from tcaq.cli.judging import make_judge
 from tcaq.cli.models import open_float
 from tcaq.cli.progress import stage_progress
@@ -76,6 +77,7 @@ def quantize_command(
     )  # fmt: skip
     rules = opt.read_plan(plan)
     pipe = open_float(model)
+    check_asked(pipe, spec.calibration.steps, spec.calibration.conditions)
     if what := remark(find_denoiser(pipe)[1]):
         notes.print(what)
     with stage_progress(quiet=as_json) as on_progress:

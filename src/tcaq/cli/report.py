@@ -7,14 +7,15 @@ from typing import Annotated
 
 import typer
 
+from tcaq.cli import options as opt
 from tcaq.cli.app import app, console
 from tcaq.cli.asking import asks
+from tcaq.cli.checking import check_asked, check_reference, find_features
 from tcaq.cli.evaluate import scores_table
 from tcaq.cli.models import open_float, open_quantized
 from tcaq.cli.progress import stage_progress
 from tcaq.errors import UsageError
 from tcaq.evaluate.evaluate import Evaluation
-from tcaq.evaluate.features import load_features
 from tcaq.evaluate.protocol import Protocol, evaluate
 from tcaq.evaluate.real import load_real
 from tcaq.models.denoiser import find_denoiser
@@ -37,7 +38,7 @@ def report_command(
     num: Annotated[int, typer.Option(min=2, help="Images of each model and scheduler.")] = 64,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the images; calibration never draws the same noise.")] = 1,
-    features: Annotated[str, typer.Option(help="reference, inception, dinov2, or module:attribute.")] = "reference",
+    features: opt.FeaturesOption = None,
     real: Annotated[
         Path | None, typer.Option(help="Real images (folder) or statistics (.npz), if the extractor brings none.")
     ] = None,
@@ -56,15 +57,17 @@ def report_command(
         raise UsageError(
             f"{folder} holds no {RUN_FOLDER} folder to tell of; give the folder that `tcaq quantize` wrote"
         )
-    names = (None, *filter(None, (part.strip() for part in schedulers.split(","))))
     original = open_float(reference)
-    for name in names:
-        use_scheduler(original, name)  # a wrong name must not come up after the first was sampled
-    extractor = load_features(features)
+    check_reference(folder, original)
+    conditions = resolve_conditions(original, asked)
+    extractor = find_features(original, features, conditions, real)
+    others = dict.fromkeys(part.strip() for part in schedulers.split(",") if part.strip())
+    names = (None, *(name for name in others if name != type(original.scheduler).__name__))
+    for name in names:  # what is wrong must not come up after the first was sampled
+        check_asked(use_scheduler(original, name), steps, conditions)
     protocol = Protocol(
         extractor=extractor, work=work or folder / "evaluation", num=num, steps=steps, seed=seed, batch=batch,
-        real=None if real is None else load_real(real, extractor),
-        conditions=resolve_conditions(original, asked),
+        real=None if real is None or extractor is None else load_real(real, extractor), conditions=conditions,
     )  # fmt: skip
     with stage_progress() as on_progress:
         tried = [try_scheduler(folder, reference, name, protocol, on_progress) for name in names]

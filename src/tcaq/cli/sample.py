@@ -12,6 +12,7 @@ from torch import Tensor
 from tcaq.cli import options as opt
 from tcaq.cli.app import app, console, notes
 from tcaq.cli.asking import SchedulerOption, asks
+from tcaq.cli.checking import check_asked
 from tcaq.cli.models import executed, open_any
 from tcaq.cli.progress import stage_progress
 from tcaq.errors import UsageError
@@ -42,6 +43,7 @@ def sample_command(
         raise UsageError(f"--output {output}: give a name ending in .png for a grid, or a folder for single images")
     pipe = use_scheduler(executed(open_any(model), execution), scheduler)
     conditions = resolve_conditions(pipe, asked)
+    check_asked(pipe, steps, conditions)
     parts = []
     with stage_progress() as on_progress:
         on_progress("images", 0, num, False)

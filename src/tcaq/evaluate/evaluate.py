@@ -57,12 +57,15 @@ class StepScore(Record):
 
 
 class PairedScores(Record):
-    """Quantized against float images of the same seeds: means of PSNR (dB) and SSIM, distance of the two sets."""
+    """Quantized against float images of the same seeds: means of PSNR (dB) and SSIM, distance of the two sets.
+
+    The distance is None without features.
+    """
 
     psnr: float
     ssim: float
     sqnr_per_step: tuple[StepScore, ...]
-    fd_to_float: float
+    fd_to_float: float | None
 
 
 class Ratio(Record):
@@ -82,7 +85,7 @@ class Evaluation(Record):
     steps: int
     scheduler: str
     seed: int
-    features: str
+    features: str | None
     versions: dict[str, str]
 
 
@@ -100,7 +103,7 @@ def versions() -> dict[str, str]:
 def score(
     float_: Sampled,
     quantized: Sampled,
-    extractor: FeatureExtractor,
+    extractor: FeatureExtractor | None,
     *,
     steps: int,
     scheduler: str,
@@ -110,26 +113,26 @@ def score(
 ) -> Evaluation:
     """Measure a quantized model against the float one and both against real data.
 
-    Args: steps, scheduler, seed: what the images were sampled with, recorded. real: features of real data; by default those the
-    extractor carries; without either, the distances to data are None and the paired measures remain.
+    Args: extractor: None: no distances at all. steps, scheduler, seed: what the images were sampled with, recorded. real: features
+    of real data; by default those the extractor carries; without either, the distances to data are None and the paired measures
+    remain.
     Raises: UsageError if the two samples cannot be paired.
     """
     _check_pair(float_, quantized)
-    real = extractor.statistics if real is None else real
-    features_float = extractor.extract(float_.images, batch_size)
-    features_quantized = extractor.extract(quantized.images, batch_size)
-    of_float = _against_data(float_, features_float, real)
-    of_quantized = _against_data(quantized, features_quantized, real)
+    real = extractor.statistics if extractor and real is None else real
+    features = [extractor.extract(sampled.images, batch_size) if extractor else None for sampled in (float_, quantized)]
+    of_float = _against_data(float_, features[0], real)
+    of_quantized = _against_data(quantized, features[1], real)
     return Evaluation(
         float=of_float,
         quantized=of_quantized,
-        paired=_paired(float_, quantized, features_float, features_quantized, batch_size),
+        paired=_paired(float_, quantized, features[0], features[1], batch_size),
         ratio=Ratio(fd=of_quantized.fd / of_float.fd if of_quantized.fd is not None and of_float.fd else None),
         num=len(float_.images),
         steps=steps,
         scheduler=scheduler,
         seed=seed,
-        features=extractor.name,
+        features=extractor.name if extractor else None,
         versions=versions(),
     )
 
@@ -147,16 +150,18 @@ def _check_pair(a: Sampled, b: Sampled) -> None:
         raise UsageError("the two eps were recorded at different timesteps; record both on the float trajectory")
 
 
-def _against_data(sampled: Sampled, features: Tensor, real: DataStatistics | None) -> ModelScores:
+def _against_data(sampled: Sampled, features: Tensor | None, real: DataStatistics | None) -> ModelScores:
     fd = kid = None
-    if real is not None:
+    if features is not None and real is not None:
         moments = Moments.of(features)
         fd = frechet_distance(moments.mean, moments.covariance, real.mean, real.covariance)
         kid = None if real.real_features is None else kernel_distance(real.real_features, features)
     return ModelScores(fd=fd, kid=kid, seconds=sampled.seconds, peak_memory=sampled.peak_memory)
 
 
-def _paired(a: Sampled, b: Sampled, features_a: Tensor, features_b: Tensor, batch_size: int) -> PairedScores:
+def _paired(
+    a: Sampled, b: Sampled, features_a: Tensor | None, features_b: Tensor | None, batch_size: int
+) -> PairedScores:  # fmt: skip
     peaks, similarities = [], []
     for x, y in zip(torch.split(a.images, batch_size), torch.split(b.images, batch_size), strict=True):
         x, y = x.float() / 255, y.float() / 255
@@ -165,13 +170,17 @@ def _paired(a: Sampled, b: Sampled, features_a: Tensor, features_b: Tensor, batc
     steps: tuple[StepScore, ...] = ()
     if a.eps is not None and b.eps is not None and a.timesteps is not None:
         steps = _step_scores(a.eps, b.eps, a.timesteps)
-    moments_a, moments_b = Moments.of(features_a), Moments.of(features_b)
     return PairedScores(
         psnr=float(torch.cat(peaks).double().mean()),
         ssim=float(torch.cat(similarities).double().mean()),
         sqnr_per_step=steps,
-        fd_to_float=frechet_distance(moments_a.mean, moments_a.covariance, moments_b.mean, moments_b.covariance),
+        fd_to_float=None if features_a is None or features_b is None else _distance(features_a, features_b),
     )
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    a_, b_ = Moments.of(a), Moments.of(b)
+    return frechet_distance(a_.mean, a_.covariance, b_.mean, b_.covariance)
 
 
 def _step_scores(a: Tensor, b: Tensor, timesteps: Tensor) -> tuple[StepScore, ...]:

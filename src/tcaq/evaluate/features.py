@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from inspect import signature
 from typing import Protocol
 
 import torch
@@ -117,6 +118,12 @@ def _resolve(address: str) -> object:
 def _call(address: str, found: object) -> object:
     if not callable(found):
         raise UsageError(f"features {address!r} is a {type(found).__name__}, neither an nn.Module nor yields one")
+    try:
+        signature(found).bind()
+    except TypeError as error:
+        raise UsageError(f"features {address!r} cannot be called without arguments: {error}") from error
+    except ValueError:  # of some that are written in C nothing is known before they are called
+        pass
     return found()
 
 

@@ -18,12 +18,12 @@ from tcaq.spec.conditions import Conditions
 class Protocol:
     """How both models are sampled and judged.
 
-    Attributes: work: folder for finished batches, so that an interrupted evaluation goes on, and models are not sampled twice;
-        num: images; steps: sampling steps; seed: of the noise; batch: images at a time; real: statistics of real data (None: the
-        extractor's own); conditions: what conditional models are asked for.
+    Attributes: extractor: of features (None: no distances); work: folder for finished batches, so that an interrupted evaluation
+        goes on, and models are not sampled twice; num: images; steps: sampling steps; seed: of the noise; batch: images at a time;
+        real: statistics of real data (None: the extractor's own); conditions: what conditional models are asked for.
     """
 
-    extractor: FeatureExtractor
+    extractor: FeatureExtractor | None
     work: Path
     num: int
     steps: int
@@ -45,6 +45,7 @@ def evaluate(
         )
         for who, pipe in (("float", float_pipe), ("quantized", quantized_pipe))
     ]  # fmt: skip
+    on_progress("noise by step", 0, 3, False)
     trajectories = trace(
         float_pipe,
         steps=protocol.steps,
@@ -52,10 +53,11 @@ def evaluate(
         conditions=protocol.conditions,
         images=min(TRACED, protocol.batch),
     )
-    float_, quantized = (
-        with_predictions(part, pipe, trajectories)
-        for part, pipe in zip(sampled, (float_pipe, quantized_pipe), strict=True)
-    )
+    on_progress("noise by step", 1, 3, False)
+    float_ = with_predictions(sampled[0], float_pipe, trajectories)
+    on_progress("noise by step", 2, 3, False)
+    quantized = with_predictions(sampled[1], quantized_pipe, trajectories)
+    on_progress("noise by step", 3, 3, False)
     result = score(
         float_, quantized, protocol.extractor, steps=protocol.steps, scheduler=type(quantized_pipe.scheduler).__name__,
         seed=protocol.seed, real=protocol.real,

@@ -85,7 +85,7 @@ def protocol(evaluation: Mapping[str, JSON] | None) -> str:
     if evaluation is None:
         return "Not evaluated"
     how = f"{evaluation['scheduler']}, {evaluation['steps']} steps"
-    return f"{how}, N = {evaluation['num']}, seed {evaluation['seed']}, features {evaluation['features']}"
+    return f"{how}, N = {evaluation['num']}, seed {evaluation['seed']}, features {evaluation['features'] or 'none'}"
 
 
 def _float_row(evaluation: Mapping[str, JSON], size: int | None) -> Row:
