@@ -60,5 +60,10 @@ class QuantizedProduct(Moded, nn.Module):
         """`left @ right * scale`, in the operands' dtype."""
         if self.mode is Mode.FAKE and self.left_quantizer is not None and self.right_quantizer is not None:
             left, right = self.left_quantizer(left), self.right_quantizer(right)
-        # scaled before it grows: a product of queries and keys may be more than float16 holds
-        return torch.matmul(left if scale == 1 else left * scale, right)
+        if left.dtype == torch.float16:
+            left, scale = (
+                left * scale,
+                1.0,
+            )  # it holds no more than 65504, which products of queries and keys may exceed
+        product = torch.matmul(left, right)
+        return product if scale == 1 else product * scale
