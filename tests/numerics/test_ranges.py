@@ -1,41 +1,13 @@
-"""Ranges that merge in any order, and the range search against a loop over rows and candidates."""
+"""The range search against a loop over rows and candidates."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from tcaq.numerics.affine import code_range, fake_quantize, qparams
-from tcaq.numerics.ranges import Range, search_range
-
-
-def equal(a: Range, b: Range) -> bool:
-    return torch.equal(a.low, b.low) and torch.equal(a.high, b.high)
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    sizes=st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5)),
-    axis=st.sampled_from([None, 1, -1]),
-    seed=st.integers(0, 1000),
-)
-def test_parts_merge_in_any_order_to_the_range_of_the_whole(
-    sizes: tuple[int, int, int], axis: int | None, seed: int
-) -> None:
-    x = torch.randn(sum(sizes), 4, 3, generator=torch.Generator().manual_seed(seed))
-    a, b, c = (Range.of(part, axis) for part in x.split(sizes))
-    whole = Range.of(x, axis)
-    assert equal(a.merge(b).merge(c), whole)
-    assert equal(a.merge(b.merge(c)), whole)
-    assert equal(c.merge(a).merge(b), whole)
-    assert torch.equal(whole.reach, torch.maximum(whole.low.abs(), whole.high.abs()))
-    if axis is None:
-        assert whole.low.tolist() == [x.min().item()]
-    else:
-        assert whole.high.tolist() == [x.select(axis, i).max().item() for i in range(x.shape[axis])]
+from tcaq.numerics.ranges import search_range
 
 
 def score(row: Tensor, scale: Tensor, zero: Tensor, bits: int, signed: bool, power: float, weights: Tensor) -> float:

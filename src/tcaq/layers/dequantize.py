@@ -20,10 +20,8 @@ def dequantize_layers(model: nn.Module, dtype: torch.dtype) -> None:
     modules = list(model.named_modules())
     split = {name for name, module in modules if isinstance(module, SplitConv2d | SplitLinear)}
     for name, module in modules:
-        if isinstance(module, SplitConv2d):
+        if isinstance(module, SplitConv2d | SplitLinear):
             replace(model, name, _plain_split(module, dtype))
-        elif isinstance(module, SplitLinear):
-            replace(model, name, _plain_split_linear(module, dtype))
         elif isinstance(module, QuantizedConv2d | QuantizedLinear):
             if name.rpartition(".")[0] not in split:
                 replace(model, name, _plain(module, dtype))
@@ -31,37 +29,24 @@ def dequantize_layers(model: nn.Module, dtype: torch.dtype) -> None:
             detach_products(module)
 
 
-def _plain(layer: QuantizedConv2d | QuantizedLinear, dtype: torch.dtype) -> nn.Module:
-    return _plain_conv(layer, dtype) if isinstance(layer, QuantizedConv2d) else _plain_linear(layer, dtype)
-
-
-def _plain_conv(layer: QuantizedConv2d, dtype: torch.dtype) -> nn.Conv2d:
+def _plain(layer: QuantizedConv2d | QuantizedLinear, dtype: torch.dtype) -> nn.Conv2d | nn.Linear:
+    plain: nn.Conv2d | nn.Linear
     with torch.device("meta"):
-        plain = nn.Conv2d(**conv_options(layer))
+        if isinstance(layer, QuantizedConv2d):
+            plain = nn.Conv2d(**conv_options(layer))
+        else:
+            plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
     plain.weight = nn.Parameter(layer.quantized_weight(dtype).detach())
     bias = layer.quantized_bias()
     plain.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach()))
     return plain.train(layer.training)
 
 
-def _plain_split(layer: SplitConv2d, dtype: torch.dtype) -> nn.Conv2d:
-    whole, rest = _plain_conv(layer.first, dtype), _plain_conv(layer.second, dtype)
+def _plain_split(layer: SplitConv2d | SplitLinear, dtype: torch.dtype) -> nn.Conv2d | nn.Linear:
+    whole, rest = _plain(layer.first, dtype), _plain(layer.second, dtype)
     whole.weight = nn.Parameter(torch.cat([whole.weight, rest.weight], dim=1).detach())
-    whole.in_channels += rest.in_channels
+    if isinstance(whole, nn.Conv2d):
+        whole.in_channels = whole.weight.shape[1]
+    else:
+        whole.in_features = whole.weight.shape[1]
     return whole
-
-
-def _plain_split_linear(layer: SplitLinear, dtype: torch.dtype) -> nn.Linear:
-    whole, rest = _plain_linear(layer.first, dtype), _plain_linear(layer.second, dtype)
-    whole.weight = nn.Parameter(torch.cat([whole.weight, rest.weight], dim=1).detach())
-    whole.in_features += rest.in_features
-    return whole
-
-
-def _plain_linear(layer: QuantizedLinear, dtype: torch.dtype) -> nn.Linear:
-    with torch.device("meta"):
-        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
-    plain.weight = nn.Parameter(layer.quantized_weight(dtype).detach())
-    bias = layer.quantized_bias()
-    plain.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach()))
-    return plain.train(layer.training)

@@ -1,40 +1,11 @@
-"""Ranges: mergeable statistics of a tensor, and the search for the range that a grid should cover."""
+"""The search for the range that a grid should cover."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tcaq.numerics.affine import code_range, fake_quantize, qparams
-
-
-@dataclass(frozen=True)
-class Range:
-    """Smallest and largest value per row (channel, or one row for a whole tensor).
-
-    Attributes: low, high: float32 [rows].
-    """
-
-    low: Tensor
-    high: Tensor
-
-    @staticmethod
-    def of(x: Tensor, axis: int | None) -> Range:
-        """Range of `x`, one row per index of `axis` (None: one row)."""
-        rows = x.reshape(1, -1) if axis is None else x.movedim(axis, 0).reshape(x.shape[axis], -1)
-        low, high = torch.aminmax(rows, dim=1)
-        return Range(low.float(), high.float())
-
-    def merge(self, other: Range) -> Range:
-        """Range of both together; associative and commutative, so parts may be observed in any order."""
-        return Range(torch.minimum(self.low, other.low), torch.maximum(self.high, other.high))
-
-    @property
-    def reach(self) -> Tensor:
-        """Largest absolute value per row, float32 [rows]."""
-        return torch.maximum(self.low.abs(), self.high.abs())
 
 
 @torch.no_grad()

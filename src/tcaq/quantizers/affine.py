@@ -49,14 +49,14 @@ class AffineQuantizer(nn.Module):
         if channel_gain is not None:
             scale = scale * channel_gain
         zero_point = self.clock.row(self.zero_point, x.dim()).to(scale.dtype)
-        return fake_quantize(x, scale, zero_point, *self.code_range(x.dim())).to(x.dtype)
+        return fake_quantize(x, scale, zero_point, *self.ends(x.dim())).to(x.dtype)
 
     @property
     def limits(self) -> tuple[int, int] | tuple[Tensor, Tensor]:
         """Smallest and largest code: of all rows, or of each, int16 [groups]."""
         return self.low, self.high
 
-    def code_range(self, dims: int) -> tuple[int, int] | tuple[Tensor, Tensor]:
+    def ends(self, dims: int) -> tuple[int, int] | tuple[Tensor, Tensor]:
         """Those of the running batch, broadcastable against a tensor with `dims` dimensions."""
         return self.low, self.high
 

@@ -35,11 +35,10 @@ class MixedQuantizer(AffineQuantizer):
         low = -((self.top + 1) // 2) if self.grid.signed else torch.zeros_like(self.top)
         return low, low + self.top
 
-    def code_range(self, dims: int) -> tuple[Tensor, Tensor]:
+    def ends(self, dims: int) -> tuple[Tensor, Tensor]:
         """Those of the running batch, float [batch or 1, 1, ...]."""
-        top = self.clock.row(self.top.to(self.scale.dtype), dims)
-        low = -(top + 1) / 2 if self.grid.signed else torch.zeros_like(top)
-        return low, low + top
+        low, high = (self.clock.row(table.to(self.scale.dtype), dims) for table in self.limits)
+        return low, high
 
 
 class MixedProbabilityQuantizer(ProbabilityQuantizer):
