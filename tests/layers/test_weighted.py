@@ -15,6 +15,7 @@ from tcaq.layers.hold import holding_weights
 from tcaq.layers.linear import QuantizedLinear
 from tcaq.layers.modes import Mode
 from tcaq.numerics.affine import qparams
+from tcaq.numerics.equalize import tcr_vector
 from tcaq.quantizers.clock import StepClock
 from tcaq.spec.grid import AffineGrid
 from tcaq.spec.plan import LayerGrids
@@ -115,6 +116,33 @@ def test_linear(bias: bool, shape: tuple[int, ...]) -> None:
     layer.mode = Mode.FAKE
     inputs, weight = naive(layer, x, channel_axis=-1)
     torch.testing.assert_close(layer(x), linear(inputs, weight, plain.bias), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+@torch.no_grad()
+def test_moving_range_to_the_weight_keeps_the_function_and_spares_small_channels(kind: str) -> None:
+    torch.manual_seed(0)
+    plain = nn.Conv2d(6, 4, 3, padding=1) if kind == "conv" else nn.Linear(6, 4)
+    sizes = torch.tensor([0.01, 1, 30, 2, 0.3, 100.0]).reshape(6, 1, 1)
+    x = torch.randn(3, 6, 5, 5) * sizes
+    plain.weight /= sizes if kind == "conv" else sizes.flatten()  # so that small channels matter
+    x = x if kind == "conv" else x.flatten(2).transpose(1, 2)
+    eight = AffineGrid(bits=8)
+    grids = LayerGrids(name="layer", kind=kind, weight=eight, inputs=(eight,))
+    layer = (QuantizedConv2d if kind == "conv" else QuantizedLinear).wrap(plain, grids, StepClock(StepGroups()))
+    others = [axis for axis in range(x.dim()) if axis != layer.CHANNEL_AXIS % x.dim()]
+    r = tcr_vector(x.abs().amax(others)[None], percentile=0.0, truncate=1e9)
+    errors = []
+    for vector in (torch.ones(6), r):
+        layer.equalizer.copy_(vector)
+        seen, weight = x / layer.gain(x.dim()), layer.equalized_weight()
+        layer.input_quantizer.set_rows(*qparams(seen.min()[None], seen.max()[None], 8, False, False))
+        flat = weight.flatten(1)
+        layer.weight_quantizer.set_rows(*qparams(flat.amin(1), flat.amax(1), 8, False, False), weight)
+        errors.append(float((layer(x) - plain(x)).norm() / plain(x).norm()))
+    assert r.max() > 100
+    assert errors[1] < 0.02
+    assert errors[0] > 10 * errors[1]
 
 
 @pytest.mark.parametrize("plain", [nn.Conv2d(4, 3, 3), nn.Linear(4, 3), nn.Linear(4, 3, bias=False)])

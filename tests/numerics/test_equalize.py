@@ -1,10 +1,9 @@
-"""The TCR vector against a loop over its formula, and the equality of the function it leaves behind."""
+"""The TCR vector against a loop over its formula, and the noise that is predicted against rounding."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn.functional import conv2d, linear
 
 from tcaq.numerics.affine import code_range, fake_quantize, qparams
 from tcaq.numerics.equalize import predicted_noise, shared_worth, tcr_vector
@@ -62,20 +61,6 @@ def test_nothing_to_equalize_gives_ones(maxima: torch.Tensor) -> None:
 def test_strength_zero_gives_ones() -> None:
     torch.manual_seed(0)
     assert torch.equal(tcr_vector(torch.rand(4, 6), percentile=0.0, truncate=10.0, strength=0.0), torch.ones(6))
-
-
-def test_moving_range_to_the_weight_keeps_the_function() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(3, 6, 5, 5, dtype=torch.float64) * torch.tensor([0.01, 1, 30, 2, 0.3, 100.0]).reshape(1, 6, 1, 1)
-    r = tcr_vector(x.abs().amax((2, 3)), percentile=0.0, truncate=1e9).double()
-    assert r.max() > 100
-    weight, bias = torch.randn(4, 6, 3, 3, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
-    moved = conv2d(x / r.reshape(1, -1, 1, 1), weight * r.reshape(1, -1, 1, 1), bias, padding=1)
-    torch.testing.assert_close(moved, conv2d(x, weight, bias, padding=1), rtol=1e-12, atol=1e-12)
-    tokens, matrix = x.flatten(2).transpose(1, 2), weight[:, :, 0, 0]
-    torch.testing.assert_close(
-        linear(tokens / r, matrix * r, bias), linear(tokens, matrix, bias), rtol=1e-12, atol=1e-12
-    )
 
 
 @pytest.mark.parametrize(("weight_bits", "input_bits"), [(8, 8), (4, 8), (8, 4), (5, 6)])

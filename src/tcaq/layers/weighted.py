@@ -26,7 +26,7 @@ class QuantizedWeight(Moded, nn.Module):
 
     Attributes: equalizer: r, float32 [in channels], 1 where TCR is off; bias_correction: None, or float32 [out channels],
         learned in reconstruction and added to the bias in quantized mode only; `drop_float_weight` folds it into the bias;
-        held: None, or the quantized weight's values while `holding_weights` keeps them, float32 in the weight's shape.
+        held: None, or the quantized weight's values while `holding_weights` keeps them, in the model's dtype.
     """
 
     CHANNEL_AXIS: int
