@@ -14,7 +14,7 @@ from tcaq.errors import PlanError
 from tcaq.layers.attention import ProductProcessor
 from tcaq.layers.conv import QuantizedConv2d
 from tcaq.layers.dequantize import dequantize_layers
-from tcaq.layers.insert import channel_axis, insert, list_layers, original_weights, quantized_layers
+from tcaq.layers.insert import channel_axis, insert, list_layers, quantized_layers
 from tcaq.layers.linear import QuantizedLinear
 from tcaq.layers.modes import Mode, faking, floating, moded, observing, running
 from tcaq.layers.product import QuantizedProduct
@@ -126,10 +126,19 @@ def test_every_layer_is_listed_once_and_swapped_for_a_layer_of_its_type() -> Non
     assert len(listed) == plain + 2 * attentions
     assert sorted(name for name, _ in quantized_layers(unet)) == sorted(layer.name for layer in listed)
     assert list_layers(unet) == listed
-    weights = original_weights(unet)
-    assert len(weights) == plain
-    for name, weight in weights.items():
-        assert torch.equal(weight, original.get_submodule(name).weight)
+    weighted = [(name, layer) for name, layer in quantized_layers(unet) if isinstance(layer, QuantizedWeight)]
+    assert len(weighted) == plain
+    for name, layer in weighted:
+        assert torch.equal(layer.float_weight(), original.get_submodule(name).weight)
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv3d, nn.ConvTranspose2d])
+def test_other_convolutions_stay_float_and_say_why(kind: type[nn.Module]) -> None:
+    (layer,) = list_layers(nn.ModuleDict({"other": kind(2, 3, 3)}))
+    assert (
+        layer.fixed
+        == f"{kind.__name__}: of convolutions, only two-dimensional ones that are not transposed are quantized"
+    )
 
 
 def stop(as_expected: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import cast
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from tcaq.errors import PlanError
@@ -45,7 +45,7 @@ def _why_float(module: nn.Module) -> str | None:
         if isinstance(module, plain):
             own = type(module).forward is plain.forward
             return None if own else f"a {plain.__name__} of a kind of its own, {type(module).__name__}"
-    return f"{type(module).__name__}: only two-dimensional convolutions are quantized"
+    return f"{type(module).__name__}: of convolutions, only two-dimensional ones that are not transposed are quantized"
 
 
 def insert(model: nn.Module, plan: ResolvedPlan, clock: StepClock) -> None:
@@ -95,8 +95,3 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
 def channel_axis(layer: QuantizedLayer) -> int:
     """The axis of a layer's inputs that counts channels."""
     return layer.CHANNEL_AXIS if isinstance(layer, QuantizedWeight) else -1
-
-
-def original_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The float weights that quantized layers replace, by layer name."""
-    return {n: m.float_weight() for n, m in quantized_layers(model) if isinstance(m, QuantizedWeight)}
