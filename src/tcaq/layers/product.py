@@ -60,10 +60,7 @@ class QuantizedProduct(Moded, nn.Module):
         """`left @ right * scale`, in the operands' dtype."""
         if self.mode is Mode.FAKE and self.left_quantizer is not None and self.right_quantizer is not None:
             left, right = self.left_quantizer(left), self.right_quantizer(right)
-        if left.dtype == torch.float16:
-            left, scale = (
-                left * scale,
-                1.0,
-            )  # it holds no more than 65504, which products of queries and keys may exceed
+        if left.dtype == torch.float16:  # holds no more than 65504, which products of queries and keys may exceed
+            return torch.matmul(left * scale, right)
         product = torch.matmul(left, right)
         return product if scale == 1 else product * scale
