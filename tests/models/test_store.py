@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from tcaq.allocator import release_freed_memory
+from tcaq.allocator import MMAP_MAX, TOP_PAD, TRIM_THRESHOLD, release_freed_memory
 from tcaq.errors import RunError
 from tcaq.models.conditioning import Conditioning
 from tcaq.models.inputs import Inputs
@@ -134,9 +134,10 @@ def own_memory() -> int:
 @pytest.fixture
 def tensors_come_from_the_system():
     """What is freed goes back at once; else the C library keeps pieces that no other tensor fits into, more or less by chance."""
-    threshold, default = -3, 2**17  # M_MMAP_THRESHOLD in malloc.h; what it is until the first large piece is freed
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or not mallopt(threshold, default):
+    # a command that ran in this process before has had freed memory kept, too
+    defaults = {-3: 2**17, TRIM_THRESHOLD: 2**17, TOP_PAD: 0, MMAP_MAX: 65536}  # -3: M_MMAP_THRESHOLD in malloc.h
+    if mallopt is None or not all(mallopt(name, value) for name, value in defaults.items()):
         pytest.skip("needs the GNU C library")
 
 
