@@ -18,8 +18,7 @@ from tcaq.models.prompting import resolve_conditions
 from tcaq.models.sampler import record
 from tcaq.models.time import time_unit
 from tcaq.models.trajectories import predict
-from tcaq.models.units import concatenations, default_plan, execution_order, resolve
-from tcaq.recipes.job import check_reached
+from tcaq.models.units import check_reached, concatenations, default_plan, execution_order, resolve
 from tcaq.spec.recipe import RangeSearch
 from tcaq.spec.steps import StepGroups
 from tcaq.stages.draw import draw_parts

@@ -9,7 +9,8 @@ from functools import partial
 
 from torch import nn
 
-from tcaq.layers.insert import list_layers
+from tcaq.errors import ModelError
+from tcaq.layers.insert import list_layers, quantized_layers
 from tcaq.layers.modes import Moded
 from tcaq.models.adapters import check_plain
 from tcaq.models.architectures import architecture
@@ -115,3 +116,13 @@ def _shortcuts(denoiser: nn.Module) -> dict[str, int]:
                 found[f"up_blocks.{i}.resnets.{j}.conv_shortcut"] = hidden
             hidden = resnet.out_channels
     return found
+
+
+def check_reached(denoiser: nn.Module, units: list[Unit]) -> None:
+    """Raises: ModelError naming the quantized layers that no unit of a traced pass holds."""
+    reached = {layer for unit in units for _, layer in quantized_layers(unit.module)}
+    if idle := [name for name, layer in quantized_layers(denoiser) if layer not in reached]:
+        raise ModelError(
+            f"{type(denoiser).__name__} never runs {', '.join(idle[:8])}{' and more' if len(idle) > 8 else ''}, so nothing can be "
+            "observed there; keep these layers in float by a plan rule with a reason"
+        )

@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMPipeline, DiffusionPipeline
 from torch import Tensor, nn
 
-from tcaq.errors import ModelError, UsageError
+from tcaq.errors import UsageError
 from tcaq.layers.insert import insert, quantized_layers
 from tcaq.models.bypass import bypass_of, entrance_of
 from tcaq.models.denoiser import attach_clock, clock_of, find_denoiser
@@ -23,7 +23,7 @@ from tcaq.models.seeds import image_seeds
 from tcaq.models.store import Store
 from tcaq.models.time import time_unit
 from tcaq.models.trajectories import Trajectories
-from tcaq.models.units import Unit, execution_order
+from tcaq.models.units import Unit, check_reached, execution_order
 from tcaq.quantizers.mixed import set_widths
 from tcaq.recipes.share import share_collection
 from tcaq.records import Record
@@ -34,7 +34,7 @@ from tcaq.spec.recipe import Daq, Grouping, Recipe
 from tcaq.spec.steps import StepGroups
 from tcaq.stages.bypass import apply_bypass, inside, measure_bypass
 from tcaq.stages.collect import collect, images_of, trajectories_of
-from tcaq.stages.correct import apply_correction, correct
+from tcaq.stages.correct import apply_correction, correct, typical_error
 from tcaq.stages.equalize import apply_vectors, equalize
 from tcaq.stages.group import group
 from tcaq.stages.observe import observe
@@ -335,22 +335,3 @@ class Job:
         return self.run.step(
             f"score/{round_}", lambda: Record({}, {"fd": judge(float_images, images)}), lambda r: float(r.meta["fd"])
         )
-
-
-def check_reached(denoiser: nn.Module, units: list[Unit]) -> None:
-    """Raises: ModelError naming the quantized layers that no unit of a traced pass holds."""
-    reached = {layer for unit in units for _, layer in quantized_layers(unit.module)}
-    if idle := [name for name, layer in quantized_layers(denoiser) if layer not in reached]:
-        raise ModelError(
-            f"{type(denoiser).__name__} never runs {', '.join(idle[:8])}{' and more' if len(idle) > 8 else ''}, so nothing can be "
-            "observed there; keep these layers in float by a plan rule with a reason"
-        )
-
-
-def typical_error(images: Tensor, others: Tensor) -> float:
-    """Mean squared difference of an image to its counterpart, uint8, in gray levels squared: the geometric mean over the set.
-
-    A few images that became pictures of something else would decide a plain mean; what befalls them is chance.
-    """
-    squares = (images.double() - others.double()).square().flatten(1).mean(dim=1)
-    return float(squares.clamp(min=1e-6).log().mean().exp())
