@@ -100,7 +100,7 @@ def quality(results: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:
     ]
     for bits in ("w6a6", "w4a4"):
         lines += ablation(f"What each part adds at {bits.upper()}", bits, done, spread)
-    return [*lines, *longer(done, spread)]
+    return [*lines, *reseeded(done, spread), *longer(done, spread)]
 
 
 def older(done: Mapping[str, Any]) -> list[str]:
@@ -115,6 +115,13 @@ def older(done: Mapping[str, Any]) -> list[str]:
         if lines
         else []
     )
+
+
+def reseeded(done: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:
+    """The whole recipe calibrated with other seeds; empty if none was run."""
+    cells = {"tcaq-w4a4": "0"} | {name: name.split("-")[1] for name in sorted(done) if name.startswith("seed-")}
+    rows = [row(seed, done[name], spread.get(name, {})) for name, seed in cells.items() if name in done]
+    return ["### Other calibration seeds, W4A4", "", HEAD.format("seed"), *rows, ""] if len(rows) > 1 else []
 
 
 def longer(done: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:

@@ -1,5 +1,5 @@
-"""Image quality of the bundled model after quantization: every recipe at four bit widths, what each part of ours adds, and the
-first and last recipe at narrower ones.
+"""Image quality of the bundled model after quantization: every recipe at four bit widths, what each part of ours adds, the first
+and last recipe at narrower ones, and what other calibration images change.
 
     python benchmarks/quality.py --output build/quality             every cell but the longer ones, a day on two cores
     python benchmarks/quality.py --output build/quality --only tcaq-w4a4 minmax-w4a4
@@ -7,8 +7,9 @@ first and last recipe at narrower ones.
         --num 500 --steps 20 --results benchmarks/results/parts.json --only tcaq-w4a4 no-tcr-w4a4    the second model
 
 Each cell is a `tcaq quantize` and a `tcaq evaluate`; both resume, so the study can be stopped at any moment. The float samples are
-made once and shared. Calibration seed 0, evaluation seed 1: they never share noise. Several of these commands may run side by side
-on different cells, each with its share of the cores (OMP_NUM_THREADS): results are read again before each is written.
+made once and shared. Calibration seed 0 (in `seed-*` another), evaluation seed 1: they never share noise. Several of these
+commands may run side by side on different cells, each with its share of the cores (OMP_NUM_THREADS): results are read again before
+each is written.
 Then `python benchmarks/page.py` writes docs/results.md.
 """
 
@@ -44,6 +45,8 @@ PARTS = {
 ABLATED = ("w6a6", "w4a4")
 LONGER = {f"iterations-{count}-w4a4": str(count) for count in (2000, 20000)}
 """More iterations for each unit than the preset's; 20 000 are the field's default, and many hours on the bundled model."""
+RESEEDED = {f"seed-{seed}-w4a4": str(seed) for seed in (1, 2)}
+"""Other calibration images and draws."""
 NARROW = {"w3a4": (3, 4), "w2a4": (2, 4), "w4a3": (4, 3)}
 """Shown for the first and the last recipe only: no published system gives images there."""
 
@@ -57,6 +60,7 @@ def cells(preset: str) -> dict[str, list[str]]:
         table |= {f"{recipe}-{bits}": ["--recipe", recipe, "--preset", preset, *width] for recipe in recipes}
         if bits in ABLATED:
             table |= {f"{part}-{bits}": [*table[f"tcaq-{bits}"], *flags] for part, flags in PARTS.items()}
+    table |= {name: [*table["tcaq-w4a4"], "--seed", seed] for name, seed in RESEEDED.items()}
     return table | {name: [*table["tcaq-w4a4"], "--iterations", count] for name, count in LONGER.items()}
 
 
