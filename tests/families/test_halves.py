@@ -14,7 +14,7 @@ from tcaq.spec.recipe import Gptq, Grouping, RangeSearch, Reconstruction
 from tcaq.spec.steps import StepGroups
 from tcaq.stages.group import group
 from tcaq.stages.observe import observe
-from tcaq.stages.reconstruct import Fit, Reconstructor, apply_unit, initial_distances, quantized_outputs
+from tcaq.stages.reconstruct import Fit, Reconstructor, apply_unit, measure, quantized_outputs
 from tcaq.stages.round import Hessians, Rounder, round_layer
 from tcaq.stages.scale import apply_input_scales, apply_weight_scales, scale_inputs, scale_weights
 
@@ -60,7 +60,7 @@ def test_units_are_fitted_to_both_halves(scene):
         assert [len(part) for part in lessons.parts] == [6, 6]
         lengths = [part.inputs.kwargs["encoder_hidden_states"].shape[1] for part in lessons.parts]
         assert sorted(lengths) == [3, 5]
-        divisors = initial_distances(block, lessons, clock_of(unet), spec)
+        _, divisors = measure(block, lessons, clock_of(unet), spec)
         relative = torch.cat(
             [
                 lessons.parts[number].distance(outputs, rows, spec.power) / divisors[number][rows]

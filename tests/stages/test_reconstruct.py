@@ -18,7 +18,7 @@ from tcaq.stages.reconstruct import (
     Reconstructor,
     annealed,
     apply_unit,
-    initial_distances,
+    measure,
     quantized_outputs,
     rows_of,
     unit_state,
@@ -133,7 +133,7 @@ def test_every_step_group_starts_from_a_loss_of_one_when_steps_are_balanced(read
     with make(ready, balance=balance) as reconstructor:
         lessons = reconstructor._lessons(unit)
         (teaching,) = lessons.parts
-        (divisors,) = initial_distances(unit, lessons, clock_of(ready.unet), reconstructor.how.spec)
+        _, (divisors,) = measure(unit, lessons, clock_of(ready.unet), reconstructor.how.spec)
     errors = []
     for row, t in enumerate(teaching.timesteps):
         clock_of(ready.unet).set(t)
@@ -153,7 +153,7 @@ def test_every_band_of_every_step_group_starts_from_a_loss_of_one(ready):
     with make(ready, balance="bands") as reconstructor:
         lessons = reconstructor._lessons(unit)
         (teaching,), spec = lessons.parts, reconstructor.how.spec
-        (divisors,) = initial_distances(unit, lessons, clock_of(ready.unet), spec)
+        _, (divisors,) = measure(unit, lessons, clock_of(ready.unet), spec)
         found = [
             teaching.distance(outputs, rows, spec.power, in_bands=True) / divisors[rows]
             for outputs, _, rows in quantized_outputs(unit, lessons, clock_of(ready.unet), spec.batch)

@@ -143,9 +143,7 @@ class SteppedStandIn(StandIn):
 
 def _form(layer: QuantizedWeight, most: int) -> SignedCodes:
     """The first form of a weight without a number beyond `most`; the last one if there is none."""
-    codes = layer.weight_quantizer.integers()
-    rows = [-1] + [1] * (codes.dim() - 1)
-    forms = list(signed_codes(codes - layer.weight_quantizer.zero_point.reshape(rows)))
+    forms = list(signed_codes(layer.weight_quantizer.centered()))
     return next((form for form in forms if max(map(abs, form.extremes)) <= most), forms[-1])
 
 

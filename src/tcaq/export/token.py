@@ -24,8 +24,9 @@ class TokenStandIn(StandIn):
         super().__init__(layer, dialect, steps, clips=dialect.linear_clips and not vnni)
         self.in_features = layer.in_features
         self.quantizer, self.middle = cast(TokenQuantizer, layer.input_quantizer), (self.top + 1) // 2
-        codes = layer.weight_quantizer.integers() - layer.weight_quantizer.zero_point.reshape(-1, 1)
-        self.register_buffer("sums", codes.sum(1, dtype=torch.float32) * layer.weight_quantizer.scale)
+        self.register_buffer(
+            "sums", layer.weight_quantizer.centered().sum(1, dtype=torch.float32) * layer.weight_quantizer.scale
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply `x`, float [..., in]."""

@@ -94,7 +94,7 @@ def _follow(product: QuantizedProduct, steps: Steps) -> None:
 def check_exportable(denoiser: nn.Module) -> None:
     """Raises: UsageError for a lowered denoiser; ModelError listing everything that cannot be written into another format."""
     layers, quantizer = dict(quantized_layers(denoiser)), getattr(denoiser, "hf_quantizer", None)
-    if (quantizer is not None and not quantizer.is_serializable) or not layers:  # asking a lowered one raises
+    if not layers or not getattr(quantizer, "has_codes", True):
         raise ModelError("the denoiser is not quantized, or was lowered; export what tcaq.load gives")
     problems = [f"{name}: {why}" for name, layer in layers.items() if (why := _problem(layer)) is not None]
     if problems:

@@ -52,9 +52,7 @@ def _linear(layer: QuantizedLinear, backend: Backend) -> IntegerLayer:
 
 def _form(layer: QuantizedWeight, problem: Callable[[tuple[int, ...], Span], str | None]) -> SignedCodes:
     """The cheapest form of the weight that runs exactly."""
-    quantizer = layer.weight_quantizer
-    codes = quantizer.integers()
-    n = codes - quantizer.zero_point.reshape(-1, *[1] * (codes.dim() - 1))
+    n = layer.weight_quantizer.centered()
     reasons: list[str] = []
     for form in signed_codes(n):
         shape = (_rows(form, len(n), layer.groups), *n.shape[1:])

@@ -62,6 +62,8 @@ class Lowering:
 class LoweredQuantizer(TcaqQuantizer):
     """What a lowered denoiser tells whoever wants its codes, to save or export or lower them: there are none any more."""
 
+    has_codes = False
+
     @property
     def is_serializable(self) -> bool:
         """Raises: UsageError always."""
@@ -83,7 +85,7 @@ def lower(pipe: DiffusionPipeline, products: Products = "plan") -> Lowering:
     """
     denoiser = find_denoiser(pipe)[1]
     layers, quantizer = dict(quantized_layers(denoiser)), getattr(denoiser, "hf_quantizer", None)
-    if not layers or isinstance(quantizer, LoweredQuantizer):
+    if not layers or not getattr(quantizer, "has_codes", True):
         raise UsageError(
             f"the denoiser of this {type(pipe).__name__} is not quantized (or lowered already); nothing to lower"
         )

@@ -63,9 +63,12 @@ class TcaqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     Loading is strict: it raises CheckpointError if a tensor is missing, unexpected, of another shape or dtype, or not the bytes
     that were saved.
+
+    Attributes: has_codes: whether the denoiser still holds the codes that it was loaded with, to save, export or lower it.
     """
 
     requires_calibration = True
+    has_codes = True
     quantization_config: TcaqConfig
 
     def __init__(self, quantization_config: TcaqConfig, **kwargs: Any) -> None:

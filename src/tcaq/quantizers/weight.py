@@ -51,6 +51,10 @@ class WeightQuantizer(nn.Module):
         """The codes in the weight's shape, int16, within the grid's code range."""
         return unpack(self.codes, self.grid.bits, self.shape).to(torch.int16) + self.low
 
+    def centered(self) -> Tensor:
+        """The codes with their row's zero point taken off, int16 in the weight's shape: times `scale`, the weight."""
+        return self.integers() - self.zero_point.reshape(-1, *[1] * (len(self.shape) - 1))
+
     def _store(self, codes: Tensor) -> None:
         if not bool(((codes >= self.low) & (codes <= self.high)).all()):  # NaN is neither
             raise NumericalError(

@@ -91,14 +91,14 @@ class Reconstructor(Unitwise):
 def fit(unit: Unit, lessons: Lessons, clock: StepClock, how: Fit) -> Record:
     """Fit a unit and record its codes, scales, and loss before and after."""
     generator = torch.Generator().manual_seed(how.seed)
-    before = unit_loss(unit, lessons, clock, how.spec)
-    if how.spec.schedule == "joint":
-        learn(unit, lessons, clock, how, generator, rounding=True, scales=True)
-    else:
-        learn(unit, lessons, clock, how, generator, rounding=True, scales=False)
-        learn(unit, lessons, clock, how, generator, rounding=False, scales=True)
-    after = unit_loss(unit, lessons, clock, how.spec)
-    return Record(unit_state(unit), {"unit": unit.name, "loss_before": before, "loss_after": after})
+    joint = how.spec.schedule == "joint"
+    losses = []
+    for rounding, scales in [(True, True)] if joint else [(True, False), (False, True)]:
+        loss, initial = measure(unit, lessons, clock, how.spec)
+        losses.append(loss)
+        learn(unit, lessons, clock, how, generator, initial, rounding=rounding, scales=scales)
+    losses.append(measure(unit, lessons, clock, how.spec)[0])
+    return Record(unit_state(unit), {"unit": unit.name, "loss_before": losses[0], "loss_after": losses[-1]})
 
 
 def time_lessons(unit: Unit, timesteps: Tensor) -> Lessons:
@@ -125,39 +125,43 @@ def quantized_outputs(
         yield outputs, number, rows
 
 
-def initial_distances(unit: Unit, lessons: Lessons, clock: StepClock, spec: Reconstruction) -> tuple[Tensor, ...]:
-    """What each input's loss is divided by: the mean before learning over all inputs (`balance` "all") or those of its step group.
+def measure(unit: Unit, lessons: Lessons, clock: StepClock, spec: Reconstruction) -> tuple[float, tuple[Tensor, ...]]:
+    """How far the quantized unit is off on all inputs, in one pass.
 
-    Returns: float [inputs, 1], or [inputs, bands] for `balance` "bands", for each part; never zero.
+    Returns: the squared error relative to the mean square of the float output, the mean over outputs; and what each input's loss
+        is divided by while the unit learns, see `divisors`.
+    Raises: NumericalError if an output is not finite.
     """
-    bands = spec.balance == "bands"
-    outputs = quantized_outputs(unit, lessons, clock, spec.batch)
-    found = torch.cat(
-        [lessons.parts[number].distance(parts, rows, spec.power, in_bands=bands) for parts, number, rows in outputs]
-    )
-    lengths = [len(part) for part in lessons.parts]
-    if spec.balance == "all":
-        return tuple(found.mean().clamp(min=1e-20).expand(len(found), 1).split(lengths))
-    clock.set(lessons.timesteps)
-    group = clock.group
-    totals = found.new_zeros(clock.count, found.shape[1]).index_add(0, group, found)
-    counts = torch.bincount(group, minlength=clock.count).clamp(min=1)
-    means: Tensor = (totals / counts[:, None])[group].clamp(min=1e-20)
-    return tuple(means.split(lengths))
-
-
-def unit_loss(unit: Unit, lessons: Lessons, clock: StepClock, spec: Reconstruction) -> float:
-    """Error of the quantized unit on quantized inputs, relative to the mean square of its float output; the mean over outputs."""
     totals = [0.0] * len(lessons.parts[0].targets)
+    found = []
     for outputs, number, rows in quantized_outputs(unit, lessons, clock, spec.batch):
-        for i, (output, target) in enumerate(zip(outputs, lessons.parts[number].targets, strict=True)):
+        teaching = lessons.parts[number]
+        found.append(teaching.distance(outputs, rows, spec.power, in_bands=spec.balance == "bands"))
+        for i, (output, target) in enumerate(zip(outputs, teaching.targets, strict=True)):
             totals[i] += float((output - target[rows]).double().square().sum())
     targets = zip(*(part.targets for part in lessons.parts), strict=True)
     powers = [max(sum(float(part.double().square().sum()) for part in parts), 1e-30) for parts in targets]
     loss = sum(total / power for total, power in zip(totals, powers, strict=True)) / len(totals)
     if not math.isfinite(loss):
         raise NumericalError(f"the quantized output of unit {unit.name!r} is not finite")
-    return loss
+    return loss, divisors(torch.cat(found), lessons, clock, spec.balance)
+
+
+def divisors(distances: Tensor, lessons: Lessons, clock: StepClock, balance: str) -> tuple[Tensor, ...]:
+    """What each input's loss is divided by: the mean distance of all inputs (`balance` "all") or of those of its step group.
+
+    Args: distances: float [inputs, 1], or [inputs, bands] for `balance` "bands", of all parts in order.
+    Returns: the same shape, for each part; never zero.
+    """
+    lengths = [len(part) for part in lessons.parts]
+    if balance == "all":
+        return tuple(distances.mean().clamp(min=1e-20).expand(len(distances), 1).split(lengths))
+    clock.set(lessons.timesteps)
+    group = clock.group
+    totals = distances.new_zeros(clock.count, distances.shape[1]).index_add(0, group, distances)
+    counts = torch.bincount(group, minlength=clock.count).clamp(min=1)
+    means: Tensor = (totals / counts[:, None])[group].clamp(min=1e-20)
+    return tuple(means.split(lengths))
 
 
 def learn(
@@ -166,16 +170,16 @@ def learn(
     clock: StepClock,
     how: Fit,
     generator: torch.Generator,
+    initial: tuple[Tensor, ...],
     *,
     rounding: bool,
     scales: bool,
 ) -> None:
-    """Learn roundings, step sizes, or both together, then fold them into codes and scales."""
+    """Learn roundings, step sizes, or both together, then fold them into codes and scales; initial: see `divisors`."""
     spec, iterations, layers = how.spec, how.iterations, how.layers(unit)
     rounding = rounding and spec.rounding_rate > 0
     weights = [layer.weight_quantizer for layer in layers if isinstance(layer, QuantizedWeight)] if rounding else []
     count = sum(weight.shape.numel() for weight in weights)
-    initial = initial_distances(unit, lessons, clock, spec)
     # without this a warm-up would let the loss alone pull held roundings back to the float weight
     warmup = 0.0 if how.trust else spec.warmup
     groups = begin(layers, spec, how.trust, rounding=rounding, scales=scales)
@@ -267,7 +271,7 @@ def unit_state(unit: Unit) -> dict[str, Tensor]:
     """Every quantizer buffer and correction of a unit, by its name inside the unit."""
     state: dict[str, Tensor] = {}
     for name, layer in quantized_layers(unit.module):
-        state |= {f"{name}|{key}": value.clone() for key, value in layer.state_dict().items() if "quantizer." in key}
+        state |= {f"{name}|{key}": value.clone() for key, value in quantizer_buffers(layer).items()}
         if isinstance(layer, QuantizedWeight) and layer.bias_correction is not None:
             state[f"{name}|{CORRECTION}"] = layer.bias_correction.clone()
     return state
@@ -275,12 +279,13 @@ def unit_state(unit: Unit) -> dict[str, Tensor]:
 
 def apply_unit(unit: Unit, record: Record) -> None:
     """Write a fitted unit's state back."""
-    state = unit_state(unit)
-    with torch.no_grad():
-        for name, layer in quantized_layers(unit.module):
-            buffers = dict(layer.named_buffers())
-            for key in buffers:
-                if f"{name}|{key}" in state:
-                    buffers[key].copy_(record.tensors[f"{name}|{key}"])
-            if isinstance(layer, QuantizedWeight):
-                layer.bias_correction = record.tensors.get(f"{name}|{CORRECTION}")
+    for name, layer in quantized_layers(unit.module):
+        for key, buffer in quantizer_buffers(layer).items():
+            buffer.copy_(record.tensors[f"{name}|{key}"])
+        if isinstance(layer, QuantizedWeight):
+            layer.bias_correction = record.tensors.get(f"{name}|{CORRECTION}")
+
+
+def quantizer_buffers(layer: nn.Module) -> dict[str, Tensor]:
+    """What a layer's quantizers store, by its name inside the layer."""
+    return {key: value for key, value in layer.state_dict().items() if "quantizer." in key}
