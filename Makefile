@@ -34,6 +34,7 @@ PARTS := --model benchmarks/models/garments-dit --guidance 1.5 --num 500 --steps
 bench: venv
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/spread.py
+	$(BIN)/python benchmarks/strip.py
 	$(BIN)/tcaq compare benchmarks/models/garments-dit --guidance 1.5 --recipes minmax,qdiffusion,tcaq --bits w4a4,w8a8 --preset quick --num 500 --steps 20 --output build/second
 	cp build/second/compare.json benchmarks/results/second.json
 	cp build/second/samples-w4a4.png docs/images/second-w4a4.png
