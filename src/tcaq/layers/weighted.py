@@ -32,7 +32,7 @@ class QuantizedWeight(Moded, nn.Module):
     CHANNEL_AXIS: int
     groups: int = 1
     equalizer: Tensor
-    bias_correction: Tensor | None
+    bias_correction: Tensor | None = None
     held: Tensor | None = None
     input_quantizer: AffineQuantizer | TokenQuantizer
     weight_quantizer: WeightQuantizer
@@ -40,7 +40,6 @@ class QuantizedWeight(Moded, nn.Module):
     def _add_quantizers(self, grids: LayerGrids, clock: StepClock) -> None:
         shape = self.float_weight().shape
         self.register_buffer("equalizer", torch.ones(shape[1] * self.groups))
-        self.register_buffer("bias_correction", None, persistent=False)
         grid = grids.inputs[0]
         self.input_quantizer = (
             TokenQuantizer(grid) if isinstance(grid, TokenGrid) else affine_quantizer(cast(AffineGrid, grid), clock)
