@@ -77,7 +77,9 @@ def measure(name: str, options: list[str], args: argparse.Namespace) -> dict[str
     options = [*options, *map(str, asked)]
     made = json.loads(tcaq("quantize", args.model, "--output", folder, *options, "--json"))
     scores = args.output / f"{name}.json"
+    options += ["--device", args.device] if args.device != "cpu" else []
     protocol = ["--num", args.num, "--steps", args.steps, "--seed", args.seed, "--work", args.output / "samples"]
+    protocol += ["--batch", args.batch, "--device", args.device]
     tcaq("evaluate", folder, "--reference", args.model, *protocol, *asked, "--json", scores)
     values = read_json(scores)
     values["paired"]["sqnr_per_step"] = [
@@ -89,13 +91,20 @@ def measure(name: str, options: list[str], args: argparse.Namespace) -> dict[str
         "quantize_peak_memory": made["peak_memory"],
         "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
         "commit": commit(),
-        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "vectors": vectors(args.device),
         "evaluation": values,
     }
 
 
+def vectors(device: str) -> str:
+    """What computes: the processor's vector instructions, or the name of another device."""
+    return torch.backends.cpu.get_cpu_capability() if device == "cpu" else torch.cuda.get_device_name(device)
+
+
 def commit() -> str:
-    """The code that is running, as git names it."""
+    """The code that is running, as git names it, or the environment where it is a copy without a history."""
+    if known := os.environ.get("TCAQ_COMMIT"):
+        return known
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
@@ -125,6 +134,8 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=32, help="images at a time in evaluation")
+    parser.add_argument("--device", default="cpu")
     every = list(cells(""))
     parser.add_argument("--only", nargs="+", choices=every, default=[name for name in every if name not in LONGER])
     parser.add_argument("--results", type=Path, default=RESULTS)

@@ -19,7 +19,7 @@ from tcaq.cli import options as opt
 from tcaq.cli.app import app, console, notes
 from tcaq.cli.asking import asks
 from tcaq.cli.checking import check_asked, find_features
-from tcaq.cli.models import open_float
+from tcaq.cli.models import open_float, placed
 from tcaq.cli.progress import stage_progress
 from tcaq.errors import RunError, UsageError
 from tcaq.evaluate.evaluate import versions
@@ -90,11 +90,12 @@ def compare_command(
         Path | None, typer.Option(help="Real images (folder) or statistics (.npz), if the extractor brings none.")
     ] = None,
     asked: Conditions | None = None,
+    device: opt.DeviceOption = opt.DEVICE,
 ) -> None:
     """Quantize MODEL by every recipe at every width, measure all of them alike, and write compare.json, .md and .html."""
     cells = list(parse_cells(recipes, bits, preset, plan, asked))
     numbers = parse_seeds(seeds)
-    pipe = open_float(model)
+    pipe = placed(open_float(model), device)
     check_asked(pipe, steps, resolve_conditions(pipe, asked))
     extractor = find_features(pipe, features, asked, real)
     protocol = {
@@ -102,7 +103,7 @@ def compare_command(
     }  # fmt: skip
     given = {
         "features": extractor and extractor.name, "plan": plan, "real": real and str(real),
-        "conditions": asked and asked.model_dump(mode="json"),
+        "conditions": asked and asked.model_dump(mode="json"), "device": None if device == opt.DEVICE else device,
     }  # fmt: skip
     protocol |= {name: value for name, value in given.items() if value is not None}
     results = open_results(output / "compare.json", protocol)
@@ -197,7 +198,8 @@ def measure(model: str, cell: Cell, seed: int, protocol: dict[str, Any], output:
     make_checkpoint(model, cell, seed, protocol, output)
     with stage_progress() as on_progress:
         how = evaluation(protocol, seed, output)
-        result, _, _ = evaluate(open_float(model), load(folder), how, on_progress)
+        device = device_in(protocol)
+        result, _, _ = evaluate(placed(open_float(model), device), placed(load(folder), device), how, on_progress)
     timings = Run.read(folder / RUN_FOLDER).timings().values()
     return {
         "quantize_seconds": round(sum(t["seconds"] for t in timings), 1),
@@ -213,12 +215,17 @@ def make_checkpoint(model: str, cell: Cell, seed: int, protocol: dict[str, Any],
     write_json(recipe, cell.recipe.model_dump(mode="json"))
     command = [
         sys.executable, "-m", "tcaq", "quantize", model, "--output", cell.folder(output, seed), "--recipe", recipe,
-        "--seed", seed, "--share", output / "trajectories",
+        "--seed", seed, "--share", output / "trajectories", "--device", device_in(protocol),
     ]  # fmt: skip
     command += ["--plan", protocol["plan"]] if "plan" in protocol else []
     code = subprocess.run([str(part) for part in command], stdout=subprocess.DEVNULL, check=False).returncode
     if code != 0:
         raise RunError(f"quantizing {cell.label} {cell.bits} with seed {seed} ended with exit code {code}; see above")
+
+
+def device_in(protocol: dict[str, Any]) -> str:
+    """Where the protocol says that models compute."""
+    return str(protocol.get("device", opt.DEVICE))
 
 
 def evaluation(protocol: dict[str, Any], seed: int, output: Path) -> Protocol:
@@ -236,9 +243,10 @@ def finish(model: str, cells: list[Cell], seeds: list[int], results: dict[str, A
     """Print the table and write it as Markdown and as a page with samples of the first seed."""
     samples: dict[str, list[tuple[str, Tensor]]] = {}
     how = evaluation(results["protocol"], seeds[0], output)
-    float_images = first_images(open_float(model), how)
+    device = device_in(results["protocol"])
+    float_images = first_images(placed(open_float(model), device), how)
     for cell in cells:
-        images = first_images(load(cell.folder(output, seeds[0])), how)
+        images = first_images(placed(load(cell.folder(output, seeds[0])), device), how)
         samples.setdefault(cell.bits, [("float", float_images)]).append((cell.label, images))
     for bits, strips in samples.items():
         with replacing(output / f"samples-{bits}.png") as path:

@@ -12,7 +12,7 @@ from tcaq.cli import options as opt
 from tcaq.cli.app import app, console
 from tcaq.cli.asking import SchedulerOption, asks
 from tcaq.cli.checking import check_asked, check_reference, find_features
-from tcaq.cli.models import executed, open_float, open_quantized
+from tcaq.cli.models import executed, open_float, open_quantized, placed
 from tcaq.cli.progress import stage_progress
 from tcaq.evaluate.evaluate import Evaluation
 from tcaq.evaluate.protocol import Protocol, evaluate
@@ -43,9 +43,10 @@ def evaluate_command(
     scheduler: SchedulerOption = None,
     as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result here.")] = None,
     execution: opt.ExecutionOption = opt.Execution.FAKE,
+    device: opt.DeviceOption = opt.DEVICE,
 ) -> None:
     """Sample both models from the same seeds and measure how far their images are from the data and from each other."""
-    quantized, original = open_quantized(folder), open_float(reference)
+    quantized, original = placed(open_quantized(folder), device), placed(open_float(reference), device)
     check_reference(folder, original)
     quantized, original = use_scheduler(executed(quantized, execution), scheduler), use_scheduler(original, scheduler)
     conditions = resolve_conditions(original, asked)

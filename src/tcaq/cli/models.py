@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+import torch
 from diffusers import DiffusionPipeline
 
 from tcaq.checkpoint import INDEX, load
+from tcaq.cli import options as opt
 from tcaq.cli.app import notes
 from tcaq.cli.options import Execution
-from tcaq.errors import ModelError
+from tcaq.errors import ModelError, UsageError
 from tcaq.export import CARD, ExportedDenoiser, export_format, load_onnx, load_openvino
 from tcaq.integer.lower import lower
 from tcaq.models.denoiser import find_denoiser
@@ -53,6 +55,25 @@ def open_any(model: str) -> DiffusionPipeline:
     folder = Path(model)
     ours = (folder / RUN_FOLDER).is_dir() or (folder / CARD).is_file()
     return open_quantized(folder) if ours else open_float(model)
+
+
+def placed(pipe: DiffusionPipeline, device: str) -> DiffusionPipeline:
+    """The pipeline on a device; convolutions compute in all of float32 there, as on the CPU and unlike PyTorch's default on GPUs.
+
+    Raises: UsageError for a device that is not there, or of which what was exported knows nothing.
+    """
+    if device == opt.DEVICE:
+        return pipe
+    if isinstance(find_denoiser(pipe)[1], ExportedDenoiser):
+        raise UsageError(f"--device {device}: exported models run on the CPU; leave --device out")
+    try:
+        there = torch.device(device)
+        torch.empty(1, device=there)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {device}: there is no such device ({reason}); cpu is there always") from error
+    torch.backends.cudnn.allow_tf32 = False
+    return pipe.to(there)
 
 
 def executed(pipe: DiffusionPipeline, execution: Execution) -> DiffusionPipeline:

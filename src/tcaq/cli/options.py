@@ -107,6 +107,8 @@ class Execution(StrEnum):
 ExecutionOption = Annotated[
     Execution, typer.Option(help="fake: quantize-dequantize in float; integer: on the processor's integer units.")
 ]
+DeviceOption = Annotated[str, typer.Option(help="Where the model computes: cpu, cuda, cuda:1, ...")]
+DEVICE = "cpu"
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 
 

@@ -14,7 +14,7 @@ from tcaq.cli.app import app, console, notes
 from tcaq.cli.asking import asks
 from tcaq.cli.checking import check_asked
 from tcaq.cli.judging import make_judge
-from tcaq.cli.models import open_float
+from tcaq.cli.models import open_float, placed
 from tcaq.cli.progress import stage_progress
 from tcaq.cli.table import plan_summary
 from tcaq.models.architectures import remark
@@ -51,6 +51,7 @@ def quantize_command(
     step_bits: opt.StepBitsOption = None,
     weight_rounding: opt.WeightRoundingOption = None,
     batch: opt.BatchOption = None,
+    device: opt.DeviceOption = opt.DEVICE,
     asked: Conditions | None = None,
     features: Annotated[
         str | None,
@@ -76,7 +77,7 @@ def quantize_command(
         conditions=asked,
     )  # fmt: skip
     rules = opt.read_plan(plan)
-    pipe = open_float(model)
+    pipe = placed(open_float(model), device)
     check_asked(pipe, spec.calibration.steps, spec.calibration.conditions)
     if what := remark(find_denoiser(pipe)[1]):
         notes.print(what)

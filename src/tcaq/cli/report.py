@@ -12,7 +12,7 @@ from tcaq.cli.app import app, console
 from tcaq.cli.asking import asks
 from tcaq.cli.checking import check_asked, check_reference, find_features
 from tcaq.cli.evaluate import scores_table
-from tcaq.cli.models import open_float, open_quantized
+from tcaq.cli.models import open_float, open_quantized, placed
 from tcaq.cli.progress import stage_progress
 from tcaq.errors import UsageError
 from tcaq.evaluate.evaluate import Evaluation
@@ -51,6 +51,7 @@ def report_command(
         typer.Option(help="diffusers schedulers to sample with beside the model's own, with commas between."),
     ] = "",
     asked: Conditions | None = None,
+    device: opt.DeviceOption = opt.DEVICE,
 ) -> None:
     """Sample both models, measure, and write one HTML page: quality, images, and what every stage of the run did."""
     if not (folder / RUN_FOLDER).is_dir():
@@ -70,7 +71,7 @@ def report_command(
         real=None if real is None or extractor is None else load_real(real, extractor), conditions=conditions,
     )  # fmt: skip
     with stage_progress() as on_progress:
-        tried = [try_scheduler(folder, reference, name, protocol, on_progress) for name in names]
+        tried = [try_scheduler(folder, reference, name, protocol, device, on_progress) for name in names]
     path = output or folder / "report.html"
     entry = Entry(folder.resolve().name, folder, [trial for _, trial in tried])
     weights = float_bytes(reference)
@@ -86,11 +87,11 @@ def float_bytes(model: str) -> int:
 
 
 def try_scheduler(
-    folder: Path, reference: str, name: str | None, protocol: Protocol, on_progress: OnProgress
+    folder: Path, reference: str, name: str | None, protocol: Protocol, device: str, on_progress: OnProgress
 ) -> tuple[Evaluation, Trial]:
     """Both models under one scheduler; None: their own."""
-    original = use_scheduler(open_float(reference), name)
-    quantized = use_scheduler(open_quantized(folder), name)
+    original = use_scheduler(placed(open_float(reference), device), name)
+    quantized = use_scheduler(placed(open_quantized(folder), device), name)
     sampler = f"{type(quantized.scheduler).__name__}, {protocol.steps} steps"
 
     def prefixed(stage: str, done: int, total: int, resumed: bool) -> None:

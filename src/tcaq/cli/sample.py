@@ -13,7 +13,7 @@ from tcaq.cli import options as opt
 from tcaq.cli.app import app, console, notes
 from tcaq.cli.asking import SchedulerOption, asks
 from tcaq.cli.checking import check_asked
-from tcaq.cli.models import executed, open_any
+from tcaq.cli.models import executed, open_any, placed
 from tcaq.cli.progress import stage_progress
 from tcaq.errors import UsageError
 from tcaq.models.prompting import resolve_conditions
@@ -37,11 +37,12 @@ def sample_command(
     asked: Conditions | None = None,
     scheduler: SchedulerOption = None,
     execution: opt.ExecutionOption = opt.Execution.FAKE,
+    device: opt.DeviceOption = opt.DEVICE,
 ) -> None:
     """Sample images; equal seeds give float and quantized models equal noise, so their images can be compared."""
     if output.suffix and output.suffix != ".png":
         raise UsageError(f"--output {output}: give a name ending in .png for a grid, or a folder for single images")
-    pipe = use_scheduler(executed(open_any(model), execution), scheduler)
+    pipe = use_scheduler(executed(placed(open_any(model), device), execution), scheduler)
     conditions = resolve_conditions(pipe, asked)
     check_asked(pipe, steps, conditions)
     parts = []

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from tcaq.evaluate.evaluate import Sampled, versions
 from tcaq.evaluate.memory import track_peak
 from tcaq.models.denoiser import find_denoiser
+from tcaq.models.device import device_identity
 from tcaq.models.identity import conditioners, sampler_identity
 from tcaq.models.load import weights_hash
 from tcaq.models.prompting import resolve_conditions
@@ -77,7 +78,7 @@ def _identity(
     return {
         "weights": weights_hash(find_denoiser(pipe)[1]), "pipeline": type(pipe).__name__, "scheduler": sampler_identity(pipe),
         "steps": steps, "seed": seed, "batch": batch, "versions": versions(),
-    } | asked | conditioners(pipe, decoders=True)  # fmt: skip
+    } | asked | device_identity(find_denoiser(pipe)[1]) | conditioners(pipe, decoders=True)  # fmt: skip
 
 
 def _name(identity: dict[str, object]) -> str:

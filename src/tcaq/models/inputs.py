@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tcaq.errors import ModelError
 from tcaq.models.denoiser import bind
+from tcaq.models.device import device_of, moved
 from tcaq.models.nested import leaves, rebuilt
 
 PLAIN = bool | int | float | str
@@ -45,8 +46,11 @@ class Inputs:
         return [self[slice(start, start + size)] for start in range(0, len(self), size)]
 
     def __call__(self, denoiser: nn.Module) -> Tensor:
-        """Run the denoiser; its prediction, float [rows, ...]."""
-        return prediction(denoiser(self.sample, timestep=self.timestep, **rebuilt({**self.rows, **self.whole})))
+        """Run the denoiser where it is; its prediction there, float [rows, ...]."""
+        device = device_of(denoiser)
+        given = {path: moved(value, device) for path, value in {**self.rows, **self.whole}.items()}
+        sample, timestep = self.sample.to(device), self.timestep.to(device)
+        return prediction(denoiser(sample, timestep=timestep, **rebuilt(given)))
 
 
 def prediction(output: Any) -> Tensor:

@@ -29,19 +29,22 @@ def bring_back(pipe: DiffusionPipeline) -> None:
 
     What moves a whole denoiser about (`enable_model_cpu_offload`) is no such thing, and stays.
 
-    Raises: ModelError if weights were never loaded, or parts of the pipeline are on another device or moved there for each call.
+    Raises: ModelError if weights were never loaded, or parts of the pipeline are on different devices or moved for each call.
     """
+    places: dict[str, str] = {}
     for name, part in pipe.components.items():
-        if places := sorted(devices_of(part) - {"cpu", "meta"}):
-            raise ModelError(
-                f"{name} is on {places[0]}, and models are quantized on the CPU: pipe.to('cpu') first, and move it after"
-            )
+        places |= dict.fromkeys(sorted(devices_of(part) - {"meta"}), name)
         device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
         if device is not None and torch.device(device).type != "cpu":
             raise ModelError(
                 f"{name} is moved to {device} for each call, and calibration keeps its tensors in one place: quantize before the "
                 "pipeline is offloaded, or after pipe.remove_all_hooks()"
             )
+    if len(places) > 1:
+        where = ", ".join(f"{name} on {place}" for place, name in places.items())
+        raise ModelError(
+            f"parts of the pipeline are on different devices ({where}); put all of it on one: pipe.to(...)"
+        )
     denoiser = find_denoiser(pipe)[1]
     if not is_offloaded(denoiser):
         return

@@ -1,4 +1,4 @@
-"""Where large tensors are kept: in memory up to a budget, beyond it in files that are mapped into memory and read page by page."""
+"""Where large tensors are kept: on the CPU, in memory up to a budget, beyond it in files that are mapped and read page by page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tcaq.records import TEMPORARY
 
 
 class Store:
-    """Copies tensors to where there is room for them.
+    """Copies tensors to where there is room for them, on the CPU.
 
     A tensor counts against the budget as long as somebody holds it. Pages of a mapped file are not the process's own memory: the
     system drops them when it needs the room, and reads them again.
@@ -36,14 +36,14 @@ class Store:
         """One contiguous tensor of pieces that are made one after another.
 
         Args: pieces: in the order in which they lie in the whole, as x[0], x[1], ... do in x; shape: of the whole; like: a tensor
-            of its dtype and device.
+            of its dtype.
         Raises: RunError if it must go to disk and the disk is full; ValueError if the pieces make another number of elements.
         """
         shape = torch.Size(shape)
         size = shape.numel() * like.element_size()
         if self.used + size > self.budget and size:
             return self._on_disk(pieces, shape, like)
-        whole = torch.empty(shape, dtype=like.dtype, device=like.device)
+        whole = torch.empty(shape, dtype=like.dtype)
         flat, end = whole.view(-1), 0
         for piece in pieces:
             start, end = end, end + piece.numel()

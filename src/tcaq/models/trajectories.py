@@ -144,10 +144,11 @@ def recording(denoiser: nn.Module, images: int, store: Store | None = None) -> I
     def once(path: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
+        value = value.detach().cpu()
         values = known.setdefault(path, [])
         found = next((other for other in values if same(other, value)), None)
         if found is None:
-            values.append(found := store.keep(value.detach()))
+            values.append(found := store.keep(value))
         return found
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -160,7 +161,7 @@ def recording(denoiser: nn.Module, images: int, store: Store | None = None) -> I
         # the halves of guidance lie one behind the other
         for part in given.split(images):
             rows, whole = ({path: once(path, v) for path, v in found.items()} for found in (part.rows, part.whole))
-            calls.append(Inputs(store.keep(part.sample.detach()), part.timestep, rows, whole))
+            calls.append(Inputs(store.keep(part.sample.detach().cpu()), part.timestep.cpu(), rows, whole))
 
     handle = denoiser.register_forward_pre_hook(record, with_kwargs=True)
     try:
@@ -173,10 +174,11 @@ def recording(denoiser: nn.Module, images: int, store: Store | None = None) -> I
 def predict(
     denoiser: nn.Module, trajectories: Trajectories, calls: Sequence[int] | None = None, batch: int | None = None
 ) -> Tensor:  # fmt: skip
-    """The denoiser's predictions on recorded inputs, float [calls, images, ...].
+    """The denoiser's predictions on recorded inputs, float [calls, images, ...], on the CPU.
 
     Args: calls: which ones (None: all); batch: images at a time (None: all).
     """
     numbers = range(len(trajectories.samples)) if calls is None else calls
     size = batch or trajectories.samples.shape[1]
-    return torch.stack([torch.cat([part(denoiser) for part in trajectories.call(n).split(size)]) for n in numbers])
+    calls_ = (trajectories.call(number).split(size) for number in numbers)
+    return torch.stack([torch.cat([part(denoiser).cpu() for part in parts]) for parts in calls_])

@@ -94,9 +94,9 @@ def set_widths(model: nn.Module, bits: Tensor) -> None:
 
 
 def row_widths(quantizer: AffineQuantizer | ProbabilityQuantizer) -> Tensor:
-    """The width of each step group, int64 [groups]."""
+    """The width of each step group, int64 [groups], on the CPU."""
     if isinstance(quantizer, MixedQuantizer | MixedProbabilityQuantizer):
-        return torch.log2(quantizer.top.double() + 1).round().long()
+        return torch.log2(quantizer.top.cpu().double() + 1).round().long()
     return torch.full((quantizer.clock.count,), quantizer.grid.bits)
 
 

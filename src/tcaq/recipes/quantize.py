@@ -18,6 +18,7 @@ from tcaq.models.bypass import bypass_of
 from tcaq.models.config import TcaqConfig
 from tcaq.models.correction import correction_of
 from tcaq.models.denoiser import find_denoiser
+from tcaq.models.device import device_identity
 from tcaq.models.forward_process import forward_process
 from tcaq.models.identity import conditioners, sampler_identity
 from tcaq.models.load import weights_hash
@@ -50,16 +51,20 @@ def outcome(recipe: Recipe) -> dict[str, Any]:
 def identity(pipe: DiffusionPipeline, recipe: Recipe, table: ResolvedPlan, judge: Judge | None) -> dict[str, Any]:
     """All that determines the outcome of a run; a judge goes by its `name`, or that of the function."""
     conditions = recipe.calibration.conditions
-    return {
-        "recipe": outcome(recipe),
-        "plan": table.model_dump(mode="json"),
-        "weights": weights_hash(find_denoiser(pipe)[1]),
-        "scheduler": sampler_identity(pipe),
-        "judge": judge
-        if judge is None
-        else getattr(judge, "name", getattr(judge, "__qualname__", type(judge).__qualname__)),
-        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
-    } | conditioners(pipe, decoders=conditions is not None and bool(conditions.pictures))
+    return (
+        {
+            "recipe": outcome(recipe),
+            "plan": table.model_dump(mode="json"),
+            "weights": weights_hash(find_denoiser(pipe)[1]),
+            "scheduler": sampler_identity(pipe),
+            "judge": judge
+            if judge is None
+            else getattr(judge, "name", getattr(judge, "__qualname__", type(judge).__qualname__)),
+            "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+        }
+        | device_identity(find_denoiser(pipe)[1])
+        | conditioners(pipe, decoders=conditions is not None and bool(conditions.pictures))
+    )
 
 
 def with_conditions(pipe: DiffusionPipeline, recipe: Recipe) -> Recipe:

@@ -12,6 +12,7 @@ from tcaq.errors import ModelError
 from tcaq.layers.modes import floating
 from tcaq.models.bypass import attach_bypass, bypass_of, common_channels, entrance_of
 from tcaq.models.denoiser import clock_of
+from tcaq.models.device import CPU, moved
 from tcaq.models.trajectories import Trajectories, predict
 from tcaq.quantizers.affine import AffineQuantizer
 from tcaq.records import Record
@@ -72,7 +73,7 @@ def apply_bypass(denoiser: nn.Module, record: Record) -> None:
             f"{type(denoiser).__name__} has no quantized first layer that is known; leave the bypass out (`bypass`: null)"
         )
     quantizer = cast(AffineQuantizer, entrance.input_quantizer)
-    ends = quantizer.limits
+    ends = tuple(moved(end, CPU) for end in quantizer.limits)
     zero_point = (ends[0] + ends[1] + 1) // 2
     scale = record.tensors["reach"] / (ends[1] - zero_point)
     quantizer.set_rows(scale, torch.as_tensor(zero_point).expand_as(scale))
@@ -87,5 +88,5 @@ def inside(denoiser: nn.Module, trajectories: Trajectories) -> Trajectories:
         return trajectories
     clock = clock_of(denoiser)
     clock.set(trajectories.timesteps)
-    low, high = (table[clock.group] for table in (bypass.low, bypass.high))
+    low, high = (table.cpu()[clock.group] for table in (bypass.low, bypass.high))
     return replace(trajectories, window=(low, high))

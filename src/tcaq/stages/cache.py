@@ -19,7 +19,7 @@ Key = tuple[str, str, int]
 
 
 class ActivationCache:
-    """Tensors by key. Once the budget is reached, further tensors go to a temporary folder, which is removed at the end."""
+    """Tensors by key, on the CPU. Beyond the budget they go to a temporary folder, which is removed at the end."""
 
     def __init__(self, budget: int, folder: Path | None = None) -> None:
         """Hold at most `budget` bytes in memory; spill below `folder` (None: the system's place for temporary files)."""
@@ -45,7 +45,7 @@ class ActivationCache:
         """Store a tensor. Raises: RunError if it must spill and the disk is full."""
         size = value.numel() * value.element_size()
         if self.used + size <= self.budget:
-            self._memory[key] = value.clone()
+            self._memory[key] = value.cpu() if value.device.type != "cpu" else value.clone()
             self.used += size
             return
         path = Path(self._folder.name) / f"{len(self._disk)}.safetensors"

@@ -66,7 +66,7 @@ def layer_noise(name: str, layer: QuantizedWeight, ranges: Record, vector: Tenso
     """The noise that rounding is expected to add to a layer's output with a vector."""
     worth, squares = input_worth(name, layer, ranges, vector), channel_squares(ranges, name)
     bits = layer.weight_quantizer.grid.bits
-    return predicted_noise(layer.float_weight(), vector, worth, squares, weight_bits=bits)
+    return predicted_noise(layer.float_weight().cpu(), vector, worth, squares, weight_bits=bits)
 
 
 def input_worth(name: str, layer: QuantizedWeight, ranges: Record, vector: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from tcaq.layers.modes import faking, floating
 from tcaq.models.denoiser import clock_of
+from tcaq.models.device import device_of
 from tcaq.models.trajectories import Trajectories
 from tcaq.quantizers.affine import AffineQuantizer
 from tcaq.records import Record
@@ -38,7 +39,8 @@ def group(
     apply_input_scales(denoiser, scale_inputs(denoiser, ranges, search, lambda _: start))
     apply_choices(denoiser, select(denoiser, ranges, daq or Daq(), search, lambda _: start))
     mixtures = [Mixture(quantizer, start, groups_of_steps) for _, _, quantizer, _ in affine_operands(denoiser)]
-    logits = (torch.nn.functional.one_hot(start, int(start.max()) + 1).float() * spec.confidence).requires_grad_()
+    first = torch.nn.functional.one_hot(start, int(start.max()) + 1).float() * spec.confidence
+    logits = first.to(device_of(denoiser)).requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=spec.rate)
     parts = draw_parts(trajectories, spec.inputs, seed)
     with floating(denoiser), torch.no_grad():
@@ -66,7 +68,7 @@ def group(
         mixture.quantizer.log_gain = None
     for parameter in frozen:
         parameter.requires_grad_(True)
-    classes = logits.detach().argmax(dim=1)
+    classes = logits.detach().cpu().argmax(dim=1)
     # calls at one timestep share a row, which followed the last of them
     last_of = torch.zeros(clock.count, dtype=torch.int64)
     last_of[groups_of_steps] = torch.arange(len(groups_of_steps))

@@ -55,7 +55,7 @@ class Observations:
         key = f"{name}|{operand}"
         value = value.reshape(-1, 1) if axis is None else value.movedim(axis, -1)
         channels, others = value.shape[-1], tuple(range(value.dim() - 1))
-        low, high = value.amin(others).float(), value.amax(others).float()
+        low, high = value.amin(others).float().cpu(), value.amax(others).float().cpu()
         if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
             t = float(self.timesteps[self.step])
             raise NumericalError(f"{operand} of layer {name!r} holds NaN or infinity at t = {t:g}")
@@ -63,7 +63,7 @@ class Observations:
         self._table(f"{key}|high", (channels,), -float("inf")).clamp_(min=high)
         if axis is not None:
             share = len(value) / self.images
-            self._table(f"{key}|square", (channels,), 0.0).add_(value.float().square().mean(others), alpha=share)
+            self._table(f"{key}|square", (channels,), 0.0).add_(value.float().square().mean(others).cpu(), alpha=share)
         count = max(1, self.values // (channels * self.chunks))
         rows = self._table(f"{key}|rows", (self.chunks * count, channels), 0.0)
         rows[self.chunk * count :][:count] = draw_rows(value, count, self.generator)

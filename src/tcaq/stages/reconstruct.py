@@ -18,6 +18,7 @@ from tcaq.layers.insert import QuantizedLayer, quantized_layers
 from tcaq.layers.modes import Mode, running
 from tcaq.layers.weighted import QuantizedWeight
 from tcaq.models.denoiser import clock_of
+from tcaq.models.device import device_of, following
 from tcaq.models.trajectories import Trajectories
 from tcaq.models.units import Unit
 from tcaq.quantizers.affine import AffineQuantizer
@@ -103,7 +104,7 @@ def fit(unit: Unit, lessons: Lessons, clock: StepClock, how: Fit) -> Record:
 
 def time_lessons(unit: Unit, timesteps: Tensor) -> Lessons:
     """For a unit that depends on the timestep alone: every timestep there is, the same in both streams."""
-    call = Call.of((timesteps,), {}, len(timesteps))
+    call = Call.of((timesteps.to(device_of(unit.module)),), {}, len(timesteps))
     with running(unit.module, Mode.FLOAT), torch.no_grad():
         return Lessons((Teaching(call, call, call(unit.module), timesteps),))
 
@@ -156,7 +157,7 @@ def divisors(distances: Tensor, lessons: Lessons, clock: StepClock, balance: str
     lengths = [len(part) for part in lessons.parts]
     if balance == "all":
         return tuple(distances.mean().clamp(min=1e-20).expand(len(distances), 1).split(lengths))
-    clock.set(lessons.timesteps)
+    clock.set(lessons.timesteps.to(distances.device))
     group = clock.group
     totals = distances.new_zeros(clock.count, distances.shape[1]).index_add(0, group, distances)
     counts = torch.bincount(group, minlength=clock.count).clamp(min=1)
@@ -191,13 +192,14 @@ def learn(
     frozen = [p for p in unit.module.parameters() if p.requires_grad and id(p) not in learned]
     for parameter in frozen:
         parameter.requires_grad_(False)
+    masks = following(generator, device_of(unit.module))
     still = not rounding and not (scales and spec.weight_rate)
     with holding_weights(unit.module) if still else nullcontext():
         for iteration in range(iterations):
             number, rows = lessons.draw(spec.batch, generator)
             teaching = lessons.parts[number]
             clock.set(teaching.timesteps[rows])
-            loss = batch_loss(unit, teaching, rows, initial[number][rows], spec, generator)
+            loss = batch_loss(unit, teaching, rows, initial[number][rows], spec, masks)
             beta = annealed(iteration, iterations, warmup)
             if weights and beta is not None:
                 penalties = [weight.penalty(beta) for weight in weights]
@@ -212,11 +214,11 @@ def learn(
 
 
 def batch_loss(
-    unit: Unit, teaching: Teaching, rows: Tensor, initial: Tensor, spec: Reconstruction, generator: torch.Generator
+    unit: Unit, teaching: Teaching, rows: Tensor, initial: Tensor, spec: Reconstruction, masks: torch.Generator
 ) -> Tensor:  # fmt: skip
     """The error of some rows against what it was, `initial`, float [rows, 1 or bands]; inputs in part from the float stream."""
     inputs = rows_of(teaching.inputs, rows).zip(
-        rows_of(teaching.float_inputs, rows), lambda q, f: mixed(q, f, spec.drop, generator)
+        rows_of(teaching.float_inputs, rows), lambda q, f: mixed(q, f, spec.drop, masks)
     )
     error = teaching.distance(inputs(unit.module), rows, spec.power, in_bands=spec.balance == "bands")
     return (error / initial).mean()
@@ -256,7 +258,8 @@ def mixed(quantized: Tensor, float_: Tensor, drop: float, generator: torch.Gener
     """Each element from the float stream with probability `drop` (QDrop, Wei et al. 2022)."""
     if drop == 0.0:
         return quantized
-    return torch.where(torch.rand(quantized.shape, generator=generator) < drop, float_, quantized)
+    drawn = torch.rand(quantized.shape, generator=generator, device=quantized.device)
+    return torch.where(drawn < drop, float_, quantized)
 
 
 def annealed(iteration: int, total: int, warmup: float, start: float = 20.0, stop: float = 2.0) -> float | None:
@@ -283,7 +286,8 @@ def apply_unit(unit: Unit, record: Record) -> None:
         for key, buffer in quantizer_buffers(layer).items():
             buffer.copy_(record.tensors[f"{name}|{key}"])
         if isinstance(layer, QuantizedWeight):
-            layer.bias_correction = record.tensors.get(f"{name}|{CORRECTION}")
+            correction = record.tensors.get(f"{name}|{CORRECTION}")
+            layer.bias_correction = None if correction is None else correction.to(layer.equalizer.device)
 
 
 def quantizer_buffers(layer: nn.Module) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tcaq.layers.modes import Mode, running
 from tcaq.models.architectures import architecture
+from tcaq.models.device import device_of
 from tcaq.models.trajectories import Drawn
 from tcaq.models.units import Unit
 from tcaq.stages.cache import ActivationCache
@@ -38,7 +39,7 @@ class Replay:
     ) -> None:  # fmt: skip
         """Args: units: in execution order; batches: what the denoiser is given; cache: for the outputs of units."""
         self.denoiser, self.units, self.batches, self.cache = denoiser, units, batches, cache
-        self._shared = frozenset(architecture(denoiser).shared)
+        self._shared, self._device = frozenset(architecture(denoiser).shared), device_of(denoiser)
         self._forms: dict[tuple[str, str, int], list[bool] | None] = {}
 
     @torch.no_grad()
@@ -103,5 +104,8 @@ class Replay:
         mode, unit, batch = key
         form = self._forms[key]
         if form is None:
-            return self.cache.get((mode, f"{unit}#0", batch))
-        return tuple(self.cache.get((mode, f"{unit}#{i}", batch)) if there else None for i, there in enumerate(form))
+            return self._output(mode, unit, 0, batch)
+        return tuple(self._output(mode, unit, i, batch) if there else None for i, there in enumerate(form))
+
+    def _output(self, mode: str, unit: str, number: int, batch: int) -> Tensor:
+        return self.cache.get((mode, f"{unit}#{number}", batch)).to(self._device)

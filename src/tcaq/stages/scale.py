@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tcaq.layers.insert import quantized_layers
 from tcaq.layers.weighted import QuantizedWeight
+from tcaq.models.device import CPU
 from tcaq.numerics.ranges import search_range
 from tcaq.quantizers.affine import AffineQuantizer
 from tcaq.quantizers.mixed import row_widths
@@ -28,10 +29,12 @@ def scale_weights(denoiser: nn.Module, ranges: Record, spec: RangeSearch) -> Rec
     for name, layer in quantized_layers(denoiser):
         if isinstance(layer, QuantizedWeight):
             weight = layer.equalized_weight().detach()
-            energy = mean_squares(ranges, name) / layer.equalizer.square()
+            energy = mean_squares(ranges, name).to(weight.device) / layer.equalizer.square()
             # channels of a grouped convolution differ between outputs; their energies are not comparable
             groups = getattr(layer, "groups", 1)
-            each = (energy if groups == 1 else torch.ones(weight.shape[1])).reshape(1, -1, *[1] * (weight.dim() - 2))
+            each = (energy if groups == 1 else weight.new_ones(weight.shape[1])).reshape(
+                1, -1, *[1] * (weight.dim() - 2)
+            )
             grid = layer.weight_quantizer.grid
             tensors[f"{name}|scale"], tensors[f"{name}|zero_point"] = search_range(
                 weight.flatten(1), grid.bits, signed=grid.signed, symmetric=grid.symmetric, power=spec.power,
@@ -65,14 +68,16 @@ def scale_inputs(denoiser: nn.Module, ranges: Record, spec: RangeSearch, classes
     for name, operand, quantizer, vector in affine_operands(denoiser):
         key = f"{name}|{operand}"
         rows, widths = operand_rows(quantizer, ranges, classes(name))
-        values = grouped_values(ranges, key, rows.positions, vector)
+        # the search is long: it runs where the model does
+        values = grouped_values(ranges, key, rows.positions, vector, quantizer.scale.device)
         scale, zero_point = values.new_ones(len(values)), values.new_zeros(len(values))
         for bits in widths.unique().tolist():
-            own = widths == bits
+            own = (widths == bits).to(values.device)
             scale[own], zero_point[own] = search_range(
                 values[own], bits, signed=quantizer.grid.signed, symmetric=quantizer.grid.symmetric, power=spec.power,
                 candidates=spec.input_candidates,
             )  # fmt: skip
+        scale, zero_point = scale.cpu(), zero_point.cpu()
         tensors |= {f"{key}|scale": scale[rows.of_group], f"{key}|zero_point": zero_point[rows.of_group]}
     return Record(tensors)
 
@@ -94,13 +99,15 @@ def operand_rows(
     return rows, found
 
 
-def grouped_values(ranges: Record, key: str, positions: Tensor, vector: Tensor | None) -> Tensor:
+def grouped_values(
+    ranges: Record, key: str, positions: Tensor, vector: Tensor | None, device: torch.device = CPU
+) -> Tensor:  # fmt: skip
     """What a grid must hold in each class of steps, float [classes, n]: an operand's sample and the extremes, which it may miss.
 
-    Args: positions: see Rows; vector: the TCR vector that the operand is divided by.
+    Args: positions: see Rows; vector: the TCR vector that the operand is divided by; device: where they are wanted.
     """
-    found = [ranges.tensors[f"{key}|{statistic}"] for statistic in ("rows", "low", "high")]
-    rows, low, high = (part[positions] if vector is None else part[positions] / vector for part in found)
+    found = [ranges.tensors[f"{key}|{statistic}"][positions].to(device) for statistic in ("rows", "low", "high")]
+    rows, low, high = (part if vector is None else part / vector for part in found)
     ends = low.flatten(1).amin(1, keepdim=True), high.flatten(1).amax(1, keepdim=True)
     return torch.cat([rows.flatten(1), *ends], dim=1)
 
