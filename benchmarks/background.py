@@ -26,12 +26,21 @@ def describe(name: str, images: Tensor) -> None:
     )
 
 
+def sampled(folder: Path) -> Tensor:
+    """The images of a folder, each once, uint8 [N, C, H, W]: beside a batch, smaller ones of its first images may lie."""
+    largest: dict[str, Tensor] = {}
+    for item, record in Run.read(folder).results("images"):
+        start, images = item.split("-")[0], record.tensors["images"]
+        if start not in largest or len(images) > len(largest[start]):
+            largest[start] = images
+    return torch.cat(list(largest.values()))
+
+
 def main() -> None:
     """Describe the test images, then each folder of samples."""
     describe("test images", load_images("test")[0])
     for folder in map(Path, sys.argv[1:]):
-        parts = [record.tensors["images"] for _, record in Run.read(folder).results("images")]
-        describe(folder.name, torch.cat(parts))
+        describe(folder.name, sampled(folder))
 
 
 if __name__ == "__main__":

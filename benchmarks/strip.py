@@ -20,18 +20,18 @@ from tcaq.report.grid import side_by_side
 PICTURE = ROOT / "docs" / "images" / "samples.png"
 CELLS = {"TCAQ-DM W4A4": "tcaq-w4a4", "min-max W4A4": "minmax-w4a4"}
 COLUMNS = 16
+BATCH = 32
+"""Of the study, whose first whole batch is read: a smaller number of images would be a batch of its own, and sampled."""
 
 
 def main() -> None:
     """Draw the first images of each, a row a model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "quality")
-    # all of the study's: asking for fewer would remove the others from its folder
-    parser.add_argument("--num", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    how = {"num": args.num, "steps": args.steps, "seed": args.seed, "batch": 32}
+    how = {"num": BATCH, "steps": args.steps, "seed": args.seed, "batch": BATCH}
     pipes = {"float": load_pipeline()} | {label: tcaq.load(args.output / name) for label, name in CELLS.items()}
     rows = [
         (label, sample_for_evaluation(pipe, args.output / "samples", **how).images) for label, pipe in pipes.items()

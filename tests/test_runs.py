@@ -133,6 +133,62 @@ def test_records_of_another_list_of_items_go_away(tmp_path: Path) -> None:
     assert [item for item, _ in Run.read(tmp_path).results("s")] == ["a", "x"]
 
 
+class Store:
+    """A shared series whose items depend on nothing, and whose records differ each time they are made."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.computed: list[str] = []
+
+    def get(self, *items: str) -> list[float]:
+        found: list[float] = []
+        with Run.share(self.folder, IDENTITY) as run:
+            run.series("s", items, self.make, lambda _, record: found.append(float(record.tensors["x"])))
+        return found
+
+    def make(self, item: str) -> Record:
+        self.computed.append(item)
+        return Record({"x": torch.rand(())})
+
+
+def test_a_shared_run_keeps_records_of_other_lists_of_items(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    a, b, c, rest = store.get("a", "b", "c", "rest")
+    files = stage_files(tmp_path)
+    assert store.get("a") == [a]
+    assert store.get("a", "b") == [a, b]
+    assert store.get("a", "b", "c", "rest") == [a, b, c, rest]
+    assert store.computed == ["a", "b", "c", "rest"]
+    assert stage_files(tmp_path) == files
+    longer = store.get("a", "b", "c", "d", "e")  # goes on from what the lists have in common, beside the rest
+    assert longer[:3] == [a, b, c]
+    assert store.get("a", "b", "c", "d", "e") == longer
+    assert store.get("a", "b", "c", "rest") == [a, b, c, rest]
+    assert store.computed == ["a", "b", "c", "rest", "d", "e"]
+    assert stage_files(tmp_path).items() >= files.items()
+
+
+def test_a_shared_run_makes_anew_what_follows_a_changed_record(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    old = store.get("a", "b", "c")
+    (tmp_path / "stages/s/000-a.safetensors").unlink()
+    new = store.get("a", "b")
+    assert store.get("a", "b", "c")[:2] == new
+    assert store.computed == ["a", "b", "c", "a", "b", "c"]  # c, too: it stood behind another a
+    assert not {*old} & {*store.get("a", "b", "c")}
+
+
+def test_a_shared_run_goes_on_from_records_that_were_not_shared(tmp_path: Path) -> None:
+    first, store = Store(tmp_path), Store(tmp_path)
+    with Run.open(tmp_path, IDENTITY) as run:
+        run.series("s", ["a", "b"], first.make, lambda *_: None)
+    files = stage_files(tmp_path)
+    store.get("a")
+    store.get("a", "b", "c")
+    assert store.computed == ["c"]
+    assert stage_files(tmp_path).items() > files.items()
+
+
 def test_items_with_awkward_names(tmp_path: Path) -> None:
     items = ["a/b c", "a b/c", "ü", "x" * 300]
     with Run.open(tmp_path, {}) as run:
@@ -341,6 +397,51 @@ def test_twice_in_one_process(tmp_path: Path) -> None:
     with Run.open(tmp_path, {}), pytest.raises(RunError, match="Another process"):
         Run.open(tmp_path, {})
     Run.open(tmp_path, {}).close()
+
+
+def test_what_is_finished_of_a_shared_run_is_read_beside_another_process(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    values = store.get("a", "b")
+    with Run.open(tmp_path, IDENTITY):
+        assert store.get("a", "b") == values
+        assert store.get("a") == values[:1]
+        with pytest.raises(RunError, match="Another process is working on the run"):
+            store.get("a", "b", "c")
+    assert store.computed == ["a", "b"]
+    assert store.get("a", "b", "c")[:2] == values
+    Run.open(tmp_path, IDENTITY).close()  # and what locked it let go of it
+
+
+def test_what_another_process_made_until_the_lock_was_free_is_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, other = Store(tmp_path), Store(tmp_path)
+    acquire, made = runs._acquire, list[float]()
+
+    def late(folder: Path) -> Any:
+        monkeypatch.setattr(runs, "_acquire", acquire)
+        made.extend(other.get("a", "b"))
+        return acquire(folder)
+
+    monkeypatch.setattr(runs, "_acquire", late)
+    assert store.get("a", "b", "c")[:2] == made
+    assert (other.computed, store.computed) == (["a", "b"], ["c"])
+
+
+def test_a_shared_run_of_another_identity_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    Run.open(tmp_path, other(seed=1)).close()
+    store = Store(tmp_path)
+    with pytest.raises(RunError, match="seed: 1 there, 0 now"):
+        store.get("a")
+    assert store.computed == []
+
+
+def test_a_closed_run_does_no_steps(tmp_path: Path) -> None:
+    with Run.share(tmp_path, IDENTITY) as run:
+        pass
+    assert list(tmp_path.iterdir()) == []  # nothing was computed, so nothing is there
+    with pytest.raises(UsageError, match="open for reading only"):
+        run.step("more", lambda: Record({}), lambda record: None)
 
 
 # SIGKILL. The script forks: each child does the run and is killed, a last one finishes it, and the files are compared.

@@ -7,6 +7,7 @@
 
 Each record carries a stamp, the hash of the identity, of its own name, and of the contents of every record before it.
 A record is used again only if its stamp fits, so what depends on something that changed is computed anew.
+What comes after a record has no part in its stamp: a series that ends earlier, or goes on, finds its records as they were.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def silent(stage: str, done: int, total: int, resumed: bool) -> None:
 
 
 class Run:
-    """One run directory. Open it to work with `Run.open`, as a context manager; to look at it with `Run.read`."""
+    """One run directory. Open it to work with `Run.open` or `Run.share`, as a context manager; to look at it with `Run.read`."""
 
     def __init__(
         self,
@@ -57,12 +58,14 @@ class Run:
         identity: Mapping[str, JSON],
         lock: FileLock | None = None,
         on_progress: OnProgress = silent,
+        shared: bool = False,
     ) -> None:
-        """Use `Run.open` or `Run.read` instead. Without a lock the run is for reading only."""
+        """Use `Run.open`, `Run.share` or `Run.read` instead. Neither locked nor shared, the run is for reading only."""
         self.folder = folder
         self.identity = identity
         self._lock = lock
         self._on_progress = on_progress
+        self._shared = shared
         self._chain = _hash(identity)
         self._names: set[str] = set()
 
@@ -80,20 +83,17 @@ class Run:
                 another process is working on.
         """
         wanted = json.loads(canonical(dict(identity)))
-        _check_ours(folder)
-        lock = _acquire(folder)
-        try:
-            for leftover in list(folder.rglob(f".*{TEMPORARY}")):  # of a process that was killed
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-            if (folder / "run.json").exists():
-                _check_same(folder, _read_identity(folder), wanted)
-            else:
-                created = datetime.now(UTC).isoformat(timespec="seconds")
-                write_json(folder / "run.json", {"format": FORMAT, "created": created, "identity": wanted})
-        except BaseException:
-            lock.release()
-            raise
-        return cls(folder, wanted, lock, on_progress)
+        return cls(folder, wanted, _start(folder, wanted), on_progress)
+
+    @classmethod
+    def share(cls, folder: Path, identity: Mapping[str, JSON], on_progress: OnProgress = silent) -> Run:
+        """Like `open`, for records that several commands use: none is removed, and reading them needs no lock.
+
+        A series may have more or fewer items than it had before: those of other lists stay, and of two lists that begin
+        alike, the common items are computed once. The first record that has to be computed locks the folder, so what
+        `open` raises is raised there.
+        """
+        return cls(folder, json.loads(canonical(dict(identity))), on_progress=on_progress, shared=True)
 
     @classmethod
     def read(cls, folder: Path) -> Run:
@@ -104,7 +104,7 @@ class Run:
         """Let other processes work on this run."""
         if self._lock is not None:
             self._lock.release()
-            self._lock = None
+        self._lock, self._shared = None, False
 
     def __enter__(self) -> Run:
         return self
@@ -135,19 +135,25 @@ class Run:
     def series(
         self, name: str, items: Sequence[str], compute: Callable[[str], Record], apply: Callable[[str, Record], None]
     ) -> None:
-        """Like `step` for each item in order, one file each: an interruption costs at most one item."""
+        """Like `step` for each item in order, one file each: an interruption costs at most one item.
+
+        Records of another list of items go away, unless the run is shared.
+        """
         self._begin(name, len(items))
         files = [f"{name}/{index:03d}-{_slug(item)}" for index, item in enumerate(items)]
-        for path in self._files(name):
-            if path not in map(self._path, files):
-                path.unlink()  # of another list of items
+        if not self._shared:
+            for path in {*self._files(name)} - {*map(self._path, files)}:
+                path.unlink()
         for done, (item, file) in enumerate(zip(items, files, strict=True), start=1):
             record, resumed = self._obtain(file, item, partial(compute, item))
             apply(item, record)
             self._on_progress(name, done, len(items), resumed)
 
     def results(self, name: str) -> Iterator[tuple[str, Record]]:
-        """The finished records of a step or series, in order, each with its item (the name itself for a step)."""
+        """The finished records of a step or series, in order, each with its item (the name itself for a step).
+
+        Those of a shared run's series are of all its lists of items.
+        """
         alone = self._path(name)
         for path in [alone] if alone.exists() else self._files(name):
             record = Record.load(path)
@@ -166,7 +172,7 @@ class Run:
         return dict(read_json(path)) if path.exists() else {}
 
     def _begin(self, name: str, total: int) -> None:
-        if self._lock is None:
+        if self._lock is None and not self._shared:
             raise UsageError(
                 f"The run in {self.folder} is open for reading only. Open it with Run.open to do {name!r}."
             )
@@ -181,9 +187,12 @@ class Run:
         """The record of one file as read from disk, and whether it was there before."""
         path = self._path(file)
         stamp = _hash([self._chain, file, item])
-        record = Record.load(path) if path.exists() else None
-        resumed = record is not None and record.meta.get("provenance", {}).get("stamp") == stamp
-        if record is None or not resumed:
+        record = _fitting(path, stamp)
+        if record is None and self._lock is None:
+            self._lock = _start(self.folder, self.identity)
+            record = _fitting(path, stamp)  # another process may have made it until then
+        resumed = record is not None
+        if record is None:
             start = time.perf_counter()
             fresh = compute()
             seconds = time.perf_counter() - start
@@ -210,6 +219,30 @@ def _hash(value: JSON) -> str:
 
 def _slug(item: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.]+", "-", item).strip("-.")[:80]
+
+
+def _fitting(path: Path, stamp: str) -> Record | None:
+    """The record in a file, if there is one and it has this stamp."""
+    record = Record.load(path) if path.exists() else None
+    return record if record is not None and record.meta.get("provenance", {}).get("stamp") == stamp else None
+
+
+def _start(folder: Path, identity: Mapping[str, JSON]) -> FileLock:
+    """Lock a folder, and make it the run of this identity or make sure that it is; what it raises is in `Run.open`."""
+    _check_ours(folder)
+    lock = _acquire(folder)
+    try:
+        for leftover in list(folder.rglob(f".*{TEMPORARY}")):  # of a process that was killed
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        if (folder / "run.json").exists():
+            _check_same(folder, _read_identity(folder), identity)
+        else:
+            created = datetime.now(UTC).isoformat(timespec="seconds")
+            write_json(folder / "run.json", {"format": FORMAT, "created": created, "identity": identity})
+    except BaseException:
+        lock.release()
+        raise
+    return lock
 
 
 def _check_ours(folder: Path) -> None:

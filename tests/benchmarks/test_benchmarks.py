@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tcaq.records import Record
+from tcaq.runs import Run
+
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -75,3 +78,16 @@ def test_a_machine_without_proc_has_a_name(script, monkeypatch):
     machine = script("machine")
     monkeypatch.setattr(machine, "Path", lambda _: Path("/nowhere/cpuinfo"))
     assert machine.machine() == machine.platform.processor()
+
+
+def test_backgrounds_are_those_of_each_image_once(script, tmp_path):
+    images = torch.randint(256, (12, 1, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+    def part(item: str) -> Record:
+        start, stop = map(int, item.split("-"))
+        return Record({"images": images[start:stop]})
+
+    for items in (["0-4", "4-8", "8-12"], ["0-3"], ["0-4", "4-8", "8-9"], ["0-4", "4-8", "8-11"]):
+        with Run.share(tmp_path, {}) as run:
+            run.series("images", items, part, lambda *_: None)
+    assert torch.equal(script("background").sampled(tmp_path), images)

@@ -358,6 +358,22 @@ def test_evaluate_writes_every_key_and_resumes(folders, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "out.json").read_text()) == scores
 
 
+def test_fewer_images_remove_none(folders, tmp_path, monkeypatch):
+    root, _ = folders
+    work, page = tmp_path / "work", tmp_path / "page.html"
+    options = ["--reference", root / "float", "--steps", 2, "--batch", 3, "--work", work]
+    evaluated = ["evaluate", root / "w4a4", *options, "--json", tmp_path / "out.json", "--num"]
+    assert invoke(*evaluated, 8).exit_code == 0
+    scores = json.loads((tmp_path / "out.json").read_text())
+    images = {path: path.read_bytes() for path in work.rglob("*.safetensors")}
+    assert invoke(*evaluated, 4).exit_code == 0
+    assert invoke("report", root / "w4a4", *options, "--num", 3, "--output", page).exit_code == 0
+    assert images.items() <= {path: path.read_bytes() for path in work.rglob("*.safetensors")}.items()
+    monkeypatch.setattr("tcaq.evaluate.sampling.sample", lambda *_: pytest.fail("a finished batch was sampled again"))
+    assert invoke(*evaluated, 8).exit_code == 0
+    assert json.loads((tmp_path / "out.json").read_text()) == scores
+
+
 @pytest.mark.parametrize(
     ("args", "code", "says"),
     [

@@ -33,9 +33,13 @@ def sample_for_evaluation(
     pipe: DiffusionPipeline, work: Path, *, num: int, steps: int, seed: int, batch: int,
     conditions: Conditions | None = None, on_progress: OnProgress = silent,
 ) -> Sampled:  # fmt: skip
-    """Sample `num` images, a batch a record, in a folder below `work` that belongs to this model, schedule and seed.
+    """Sample `num` images, a batch a record, in a folder below `work` that belongs to this model, schedule, seed and batch.
+
+    Another `num` takes from there what it needs and removes nothing. If it is no multiple of `batch`, its last, smaller batch is a
+    record of its own even where a whole one begins alike: the last bits of a prediction depend on how many images there are.
 
     Args: conditions: what a conditional model is asked for (None: its defaults).
+    Raises: RunError if something is left to sample and another process is sampling the same.
     """
     conditions = resolve_conditions(pipe, conditions)
     who = _identity(pipe, steps, seed, batch, conditions)
@@ -48,7 +52,7 @@ def sample_for_evaluation(
             images = sample(pipe, image_seeds(PURPOSE, seed, start, stop), steps, conditions, start)
         return Record({"images": images}, {"seconds": perf_counter() - began, "peak_memory": peak.bytes})
 
-    with Run.open(work / _name(who), who, on_progress) as run:
+    with Run.share(work / _name(who), who, on_progress) as run:
         items = [f"{chunk[0]}-{chunk[-1] + 1}" for chunk in batches(range(num), batch)]
         run.series("images", items, compute, lambda _, part: parts.append(part))
     return Sampled(

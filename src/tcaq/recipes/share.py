@@ -31,7 +31,7 @@ def share_collection(
 
     def obtain(item: str) -> Record:
         if not found:
-            with Run.open(folder / sha256(canonical(who).encode()).hexdigest()[:12], who) as run:
+            with Run.share(folder / sha256(canonical(who).encode()).hexdigest()[:12], who) as run:
                 run.series("collect", items, compute, found.__setitem__)
         return found[item]
 
