@@ -20,6 +20,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,10 @@ def tcaq(*args: object) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def measure(name: str, options: list[str], args: argparse.Namespace) -> dict[str, Any]:
-    """Quantize and evaluate one cell; both go on where they stopped."""
+def measure(
+    name: str, options: list[str], args: argparse.Namespace, tcaq: Callable[..., str] = tcaq
+) -> dict[str, Any]:  # fmt: skip
+    """Quantize and evaluate one cell; both go on where they stopped. Args: tcaq: runs the command."""
     folder = args.output / name
     asked = flags(args)
     options = [*options, *map(str, asked)]

@@ -35,9 +35,9 @@ RESULTS = ROOT / "benchmarks" / "results" / "spread.json"
 BLOCKS = 40
 
 
-def left_out(pipe: Any, args: argparse.Namespace) -> Tensor:
+def left_out(pipe: Any, args: argparse.Namespace, batch: int = 32) -> Tensor:
     """The Fréchet distance without each block, float64 [blocks]."""
-    how = {"num": args.num, "steps": args.steps, "seed": args.seed, "batch": 32, "conditions": conditions(args)}
+    how = {"num": args.num, "steps": args.steps, "seed": args.seed, "batch": batch, "conditions": conditions(args)}
     images = sample_for_evaluation(pipe, args.output / "samples", **how).images
     extractor = load_features("reference")
     real = extractor.statistics

@@ -20,7 +20,6 @@ from tcaq.layers.modes import Mode, Moded
 from tcaq.layers.weighted import QuantizedWeight
 from tcaq.models.architectures import architecture
 from tcaq.models.denoiser import clock_of
-from tcaq.models.device import device_of
 from tcaq.quantizers.affine import AffineQuantizer
 from tcaq.quantizers.clock import StepClock
 
@@ -91,7 +90,7 @@ def entrance_of(denoiser: nn.Module) -> QuantizedWeight | None:
 
 def attach_bypass(denoiser: nn.Module) -> InputBypass:
     """Let what the first layer's grid cuts off go around a denoiser with a clock."""
-    bypass = InputBypass(clock_of(denoiser)).to(device_of(denoiser))
+    bypass = InputBypass(clock_of(denoiser))
     denoiser.add_module(BYPASS, bypass)
     sample = next(iter(inspect.signature(denoiser.forward).parameters))
     denoiser.register_forward_hook(_adding(sample), with_kwargs=True)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from tcaq.errors import ModelError
 from tcaq.layers.modes import Mode, Moded
 from tcaq.models.denoiser import clock_of
-from tcaq.models.device import device_of
 from tcaq.numerics.correction import remove_noise
 from tcaq.quantizers.clock import StepClock
 
@@ -66,7 +65,7 @@ def channels_second(eps: Tensor) -> Tensor:
 
 def attach_correction(denoiser: nn.Module, channels: int) -> NoiseCorrection:
     """Let a denoiser with a clock correct what it puts out."""
-    correction = NoiseCorrection(clock_of(denoiser), channels).to(device_of(denoiser))
+    correction = NoiseCorrection(clock_of(denoiser), channels)
     denoiser.add_module(CORRECTION, correction)
     denoiser.register_forward_hook(_correct)
     return correction

@@ -67,7 +67,7 @@ class AffineQuantizer(nn.Module):
 
     def follow(self, scale: Tensor) -> None:
         """Use these scales, float [groups], in place of the table until `log_gain` is None again; gradients reach them."""
-        self._gain_of = torch.arange(len(self.scale))
+        self._gain_of = torch.arange(len(self.scale), device=self.scale.device)
         self.log_gain = torch.log(scale / self.scale)
 
     def begin_learning(self) -> list[Tensor]:

@@ -12,7 +12,7 @@ from tcaq.errors import ModelError
 from tcaq.layers.modes import floating
 from tcaq.models.bypass import attach_bypass, bypass_of, common_channels, entrance_of
 from tcaq.models.denoiser import clock_of
-from tcaq.models.device import CPU, moved
+from tcaq.models.device import CPU, device_of, moved
 from tcaq.models.trajectories import Trajectories, predict
 from tcaq.quantizers.affine import AffineQuantizer
 from tcaq.records import Record
@@ -79,7 +79,7 @@ def apply_bypass(denoiser: nn.Module, record: Record) -> None:
     quantizer.set_rows(scale, torch.as_tensor(zero_point).expand_as(scale))
     quantizer.given = True
     low, high = (scale * (code - zero_point) for code in ends)
-    (bypass_of(denoiser) or attach_bypass(denoiser)).set_rows(low, high, record.tensors["gain"])
+    (bypass_of(denoiser) or attach_bypass(denoiser).to(device_of(denoiser))).set_rows(low, high, record.tensors["gain"])
 
 
 def inside(denoiser: nn.Module, trajectories: Trajectories) -> Trajectories:

@@ -10,6 +10,7 @@ from tcaq.layers.modes import faking, floating
 from tcaq.models.bypass import common_channels
 from tcaq.models.correction import attach_correction, channels_second, correction_of
 from tcaq.models.denoiser import clock_of
+from tcaq.models.device import device_of
 from tcaq.models.trajectories import Trajectories, predict
 from tcaq.numerics.correction import NoiseModel, fit_noise
 from tcaq.records import Record
@@ -55,7 +56,8 @@ def fit_steps(denoiser: nn.Module, trajectories: Trajectories, steps: Tensor, ba
 def apply_correction(denoiser: nn.Module, record: Record, strength: float = 1.0) -> None:
     """Let the denoiser correct what it puts out: 1 + slope to the power `strength`, and that part of the bias."""
     slope, bias = record.tensors["slope"], record.tensors["bias"]
-    correction = correction_of(denoiser) or attach_correction(denoiser, bias.shape[1])
+    attached = correction_of(denoiser)
+    correction = attached or attach_correction(denoiser, bias.shape[1]).to(device_of(denoiser))
     correction.set_rows((1 + slope) ** strength - 1, bias * strength)
 
 

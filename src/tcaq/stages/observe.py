@@ -33,11 +33,13 @@ def observe(denoiser: nn.Module, trajectories: Trajectories, values: int, batch:
         for found.step, inputs in enumerate(trajectories.calls()):
             for found.chunk, part in enumerate(inputs.split(batch)):
                 part(denoiser)
-    return Record({"timesteps": trajectories.timesteps, "shares": trajectories.shares} | found.tables)
+            found.check()
+    tables = {name: table.cpu() for name, table in found.tables.items()}
+    return Record({"timesteps": trajectories.timesteps, "shares": trajectories.shares} | tables)
 
 
 class Observations:
-    """Tables that fill step by step and chunk by chunk.
+    """Tables that fill step by step and chunk by chunk, where the model is: each number fetched from a GPU would halt it.
 
     They are made at the first step: small results kept between large temporary tensors would scatter the heap.
     """
@@ -55,23 +57,31 @@ class Observations:
         key = f"{name}|{operand}"
         value = value.reshape(-1, 1) if axis is None else value.movedim(axis, -1)
         channels, others = value.shape[-1], tuple(range(value.dim() - 1))
-        low, high = value.amin(others).float().cpu(), value.amax(others).float().cpu()
-        if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
-            t = float(self.timesteps[self.step])
-            raise NumericalError(f"{operand} of layer {name!r} holds NaN or infinity at t = {t:g}")
-        self._table(f"{key}|low", (channels,), float("inf")).clamp_(max=low)
-        self._table(f"{key}|high", (channels,), -float("inf")).clamp_(min=high)
+        low = self._table(f"{key}|low", (channels,), float("inf"), value.device)
+        high = self._table(f"{key}|high", (channels,), -float("inf"), value.device)
+        torch.minimum(low, value.amin(others).float(), out=low)  # NaN stays, for `check`
+        torch.maximum(high, value.amax(others).float(), out=high)
         if axis is not None:
             share = len(value) / self.images
-            self._table(f"{key}|square", (channels,), 0.0).add_(value.float().square().mean(others).cpu(), alpha=share)
+            square = self._table(f"{key}|square", (channels,), 0.0, value.device)
+            square.add_(value.float().square().mean(others), alpha=share)
         count = max(1, self.values // (channels * self.chunks))
-        rows = self._table(f"{key}|rows", (self.chunks * count, channels), 0.0)
+        rows = self._table(f"{key}|rows", (self.chunks * count, channels), 0.0, value.device)
         rows[self.chunk * count :][:count] = draw_rows(value, count, self.generator)
 
-    def _table(self, name: str, shape: tuple[int, ...], start: float) -> Tensor:
+    def check(self) -> None:
+        """Raises: NumericalError naming the first operand of this step that is not finite."""
+        ends = [name for name in self.tables if name.endswith(("|low", "|high"))]
+        finite = torch.stack([torch.isfinite(self.tables[name][self.step]).all() for name in ends]).cpu().tolist()
+        if not all(finite):
+            name, operand, _ = ends[finite.index(False)].split("|")
+            t = float(self.timesteps[self.step])
+            raise NumericalError(f"{operand} of layer {name!r} holds NaN or infinity at t = {t:g}")
+
+    def _table(self, name: str, shape: tuple[int, ...], start: float, device: torch.device) -> Tensor:
         """This step's part of a table."""
         if name not in self.tables:
-            self.tables[name] = torch.full((len(self.timesteps), *shape), start)
+            self.tables[name] = torch.full((len(self.timesteps), *shape), start, device=device)
         return self.tables[name][self.step]
 
 

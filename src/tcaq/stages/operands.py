@@ -39,6 +39,6 @@ def visiting(denoiser: nn.Module, visit: Visitor) -> Iterator[None]:
 
 
 def draw_rows(value: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` random places of an operand [..., channels], with repeats: float32 [count, channels], on the CPU."""
+    """`count` random places of an operand [..., channels], with repeats: float32 [count, channels]."""
     where = [torch.randint(size, (count,), generator=generator) for size in value.shape[:-1]]
-    return value[tuple(where)].float().cpu()
+    return value[tuple(torch.stack(where).to(value.device))].float()

@@ -77,7 +77,7 @@ class Reconstructor(Unitwise):
         return Lessons(tuple(self._teaching(unit, number) for number in range(len(self.replay.parts))))
 
     def _teaching(self, unit: Unit, number: int) -> Teaching:
-        timesteps = self.replay.parts[number].timestep
+        timesteps = self.replay.parts[number].timestep.to(device_of(self.denoiser))
         float_inputs = self.replay.inputs(unit, Mode.FLOAT, number).cast(torch.float32)
         inputs = self.replay.inputs(unit, Mode.FAKE, number).cast(torch.float32)
         # texts and embeddings reach both streams unchanged: they are kept once
@@ -104,7 +104,8 @@ def fit(unit: Unit, lessons: Lessons, clock: StepClock, how: Fit) -> Record:
 
 def time_lessons(unit: Unit, timesteps: Tensor) -> Lessons:
     """For a unit that depends on the timestep alone: every timestep there is, the same in both streams."""
-    call = Call.of((timesteps.to(device_of(unit.module)),), {}, len(timesteps))
+    timesteps = timesteps.to(device_of(unit.module))
+    call = Call.of((timesteps,), {}, len(timesteps))
     with running(unit.module, Mode.FLOAT), torch.no_grad():
         return Lessons((Teaching(call, call, call(unit.module), timesteps),))
 
@@ -157,7 +158,7 @@ def divisors(distances: Tensor, lessons: Lessons, clock: StepClock, balance: str
     lengths = [len(part) for part in lessons.parts]
     if balance == "all":
         return tuple(distances.mean().clamp(min=1e-20).expand(len(distances), 1).split(lengths))
-    clock.set(lessons.timesteps.to(distances.device))
+    clock.set(lessons.timesteps)
     group = clock.group
     totals = distances.new_zeros(clock.count, distances.shape[1]).index_add(0, group, distances)
     counts = torch.bincount(group, minlength=clock.count).clamp(min=1)

@@ -14,7 +14,8 @@ from tcaq.stages.call import Call
 
 @dataclass(frozen=True)
 class Teaching:
-    """What a unit learns from: its inputs in the float and in the quantized stream, the float outputs, and each row's timestep.
+    """What a unit learns from: its inputs in the float and in the quantized stream, the float outputs, and each row's timestep,
+    all of it where the unit is.
 
     A block of two streams, text and image, puts out two tensors; the error of each counts relative to `sizes`, its mean power.
     """
@@ -62,13 +63,14 @@ class Lessons:
     def batches(self, size: int) -> Iterator[tuple[int, Tensor]]:
         """Every row once: the number of its part, and rows there, int64 [at most `size`]."""
         for number, part in enumerate(self.parts):
-            for rows in torch.arange(len(part)).split(size):
+            for rows in torch.arange(len(part), device=part.timesteps.device).split(size):
                 yield number, rows
 
     def draw(self, size: int, generator: torch.Generator) -> tuple[int, Tensor]:
         """The number of a part, chosen by how many rows it has, and `size` of its rows, with repeats."""
         number = choose([len(part) for part in self.parts], generator)
-        return number, torch.randint(len(self.parts[number]), (size,), generator=generator)
+        part = self.parts[number]
+        return number, torch.randint(len(part), (size,), generator=generator).to(part.timesteps.device)
 
 
 def choose(lengths: list[int], generator: torch.Generator) -> int:
