@@ -3,8 +3,8 @@
     python benchmarks/on_gpu.py --jobs 12 --num 2000 5000 --only tcaq-w4a4 minmax-w4a4
 
 What a process needs to begin (PyTorch, the GPU's libraries) takes as long as a cell does, so that `quality.py`, which begins anew
-for each command, would wait most of the time. The commands and the protocol are its own, with larger batches. Beside each evaluation
-the results hold the Fréchet distance without each block of images, from which `spread.py` has its standard errors.
+for each command, would wait most of the time. Commands and protocol are its own, with larger batches. Beside each evaluation the
+results hold the Fréchet distance without each block of images, from which `spread.py` has its standard errors.
 """
 
 from __future__ import annotations
