@@ -182,7 +182,7 @@ def test_a_layer_that_is_not_exact_stays_fake_and_equal(make, monkeypatch):
     pipe = make()
     before = output(pipe.unet)
     backend = cpu.Backend(cpu.missing, cpu.CpuConv, cpu.CpuLinear, lambda *_: "it clips", lambda *_: "it clips")
-    monkeypatch.setitem(BACKENDS, "cpu", backend)
+    monkeypatch.setitem(BACKENDS, "cpu", (backend,))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lowering = tcaq.lower(pipe)
