@@ -21,37 +21,64 @@ ROUNDER = tl.constexpr(12582912.0)
 """1.5 * 2^23: float32 has no fractions there, so adding it and taking it off rounds to nearest, ties to even."""
 
 
-@triton.jit(do_not_specialize=["zero", "top", "width", "padded_width", "up", "left"])
+@triton.jit
+def surround(
+    codes, zero, p, c, images, height, width, padded_height, padded_width, padded_channels, up, left,
+):  # fmt: skip
+    """Write the zero point's code to pixels p of the padding, in all images: rows above and below, then what is beside."""
+    each = padded_height * padded_width - height * width
+    image, place = p // each, p % each
+    whole, beside = 2 * up * padded_width, tl.maximum(2 * left, 1)
+    line, later = place // padded_width, tl.maximum(place - whole, 0)
+    row = tl.where(place < whole, line + tl.where(line < up, 0, height), later // beside + up)
+    column = later % beside
+    column = tl.where(place < whole, place % padded_width, column + tl.where(column < left, 0, width))
+    goal = ((image * padded_height + row).to(tl.int64) * padded_width + column) * padded_channels
+    values = (tl.zeros_like(goal)[:, None] + tl.zeros_like(c)[None, :] + zero - MIDDLE).to(tl.int8)
+    tl.store(
+        codes + goal[:, None] + c[None, :], values, mask=(image < images)[:, None] & (c < padded_channels)[None, :]
+    )
+
+
+@triton.jit(do_not_specialize=["zero", "top", "images", "width", "padded_height", "padded_width", "up", "left"])
 def encode(
     x, codes, equalizer, scale, zero, top,
-    total, pixels, width, channels, x_image, x_pixel, x_channel,
-    codes_image, padded_width, padded_channels, up, left,
+    total, images, pixels, width, channels, x_image, x_pixel, x_channel,
+    padded_height, padded_width, padded_channels, up, left,
     BY_PIXEL: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """`clamp(round(x / (scale * equalizer)) + zero, 0, top) - 128`, rounding ties to even, written inside the padding.
+    """`clamp(round(x / (scale * equalizer)) + zero, 0, top) - 128`, rounding ties to even, and the zero point's code around it.
 
     Args: x: float [images, channels, pixels] with strides; codes: int8 [images, padded height, padded width, padded channels];
-        scale, zero: numbers, or float32 [total] if BY_PIXEL; total: images * pixels; up, left: how far in the image begins.
+        scale, zero: numbers, or float32 [total] if BY_PIXEL, without padding; total: images * pixels; up, left: how far in the
+        image begins.
     """
-    p = tl.program_id(0) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    block, inner = tl.program_id(0), tl.cdiv(total, BLOCK_PIXELS)
     c = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    image, pixel = (p // pixels).to(tl.int64), p % pixels
-    inside = (p < total)[:, None]
-    place = (image * x_image + pixel.to(tl.int64) * x_pixel)[:, None] + c.to(tl.int64)[None, :] * x_channel
-    values = tl.load(x + place, mask=inside & (c < channels)[None, :], other=0.0).to(tl.float32)
-    gain = tl.load(equalizer + c, mask=c < channels, other=1.0)[None, :]
-    if BY_PIXEL:
-        step = tl.load(scale + p, mask=p < total, other=1.0)[:, None]
-        origin = tl.load(zero + p, mask=p < total, other=0.0)[:, None]
-    else:
-        step, origin = scale, zero.to(tl.float32)
-    # clipping between whole numbers may come before rounding, which keeps them and the order of everything else
-    units = tl.minimum(tl.maximum(tl.div_rn(values, step * gain), -origin), top - origin)
-    found = ((units + ROUNDER) - ROUNDER + (origin - MIDDLE)).to(tl.int8)
-    # what fills up the channels was read as 0, whose code is the zero point's
-    row, column = pixel // width + up, pixel % width + left
-    goal = image * codes_image + (row.to(tl.int64) * padded_width + column) * padded_channels
-    tl.store(codes + goal[:, None] + c[None, :], found, mask=inside & (c < padded_channels)[None, :])
+    if block < inner:
+        p = block * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+        image, pixel = (p // pixels).to(tl.int64), p % pixels
+        inside, real = (p < total)[:, None], (c < channels)[None, :]
+        place = (image * x_image + pixel.to(tl.int64) * x_pixel)[:, None] + c.to(tl.int64)[None, :] * x_channel
+        values = tl.load(x + place, mask=inside & real, other=0.0).to(tl.float32)
+        gain = tl.load(equalizer + c, mask=c < channels, other=1.0)[None, :]
+        if BY_PIXEL:
+            step = tl.load(scale + p, mask=p < total, other=1.0)[:, None]
+            origin = tl.load(zero + p, mask=p < total, other=0.0)[:, None]
+        else:
+            step, origin = scale, zero.to(tl.float32)
+        # clipping between whole numbers may come before rounding, which keeps them and the order of everything else
+        units = tl.minimum(tl.maximum(tl.div_rn(values, step * gain), -origin), top - origin)
+        # what fills up the channels was read as 0, whose code is the zero point's
+        found = ((units + ROUNDER) - ROUNDER + (origin - MIDDLE)).to(tl.int8)
+        row, column = (pixel // width + up).to(tl.int64), pixel % width + left
+        goal = ((image * padded_height + row) * padded_width + column) * padded_channels
+        tl.store(codes + goal[:, None] + c[None, :], found, mask=inside & (c < padded_channels)[None, :])
+    elif not BY_PIXEL:
+        surround(
+            codes, zero, (block - inner) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS), c, images, pixels // width, width,
+            padded_height, padded_width, padded_channels, up, left,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["zero", "out_width", "kernel_width", "taps", "size"])

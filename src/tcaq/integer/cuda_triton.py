@@ -86,14 +86,13 @@ class TritonMatrix:
 
         size = (given.images, given.height + 2 * top, given.width + 2 * side, self.filled)
         codes = torch.empty(size, dtype=torch.int8, device=x.device)
-        if top or side:
-            codes.fill_(int(grid.zero_point) - MIDDLE)
-        blocks = (-(-given.total // CODED), -(-self.filled // CODED))
+        around = codes.numel() // self.filled - given.total
+        blocks = (-(-given.total // CODED) - (-around // CODED), -(-self.filled // CODED))
         with torch.cuda.device_of(x):
             cuda_kernels.encode[blocks](
                 x, codes, grid.equalizer.float(), grid.scale, grid.zero_point, grid.top,
-                given.total, given.each, given.width, self.channels, *given.strides,
-                codes.stride(0), size[2], self.filled, top, side, isinstance(grid.scale, Tensor), CODED, CODED,
+                given.total, given.images, given.each, given.width, self.channels, *given.strides,
+                *size[1:], top, side, isinstance(grid.scale, Tensor), CODED, CODED,
             )  # fmt: skip
         return codes
 
