@@ -182,12 +182,32 @@ def test_a_layer_that_is_not_exact_stays_fake_and_equal(make, monkeypatch):
     pipe = make()
     before = output(pipe.unet)
     backend = cpu.Backend(cpu.missing, cpu.CpuConv, cpu.CpuLinear, lambda *_: "it clips", lambda *_: "it clips")
-    monkeypatch.setitem(BACKENDS, "cpu", backend)
+    monkeypatch.setitem(BACKENDS, "cpu", (backend,))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lowering = tcaq.lower(pipe)
     assert {row.reason for row in lowering.kept} == {"it clips", "products of two activations have no integer kernel"}
     assert torch.equal(output(pipe.unet), before)
+
+
+def test_a_layer_takes_the_first_backend_that_runs_it_exactly(make, monkeypatch):
+    def wide(shape, *_):
+        return "too few rows" if shape[0] < 4 else None
+
+    class Own(cpu.CpuConv):
+        pass
+
+    first = cpu.Backend(cpu.missing, Own, cpu.CpuLinear, wide, wide)
+    absent = cpu.Backend(lambda: "not here", Own, cpu.CpuLinear, wide, wide)
+    pipe = make(weights=4)
+    expected = make(weights=4)
+    tcaq.lower(expected)
+    monkeypatch.setitem(BACKENDS, "cpu", (absent, first, cpu.CPU))
+    lowering = tcaq.lower(pipe)
+    assert {row.reason for row in lowering.kept} == {"products of two activations have no integer kernel"}
+    assert torch.equal(output(pipe.unet), output(expected.unet))
+    assert type(pipe.unet.conv_in._kernel) is Own
+    assert type(pipe.unet.conv_out._kernel) is cpu.CpuConv
 
 
 def test_what_is_not_quantized_is_refused(tiny_pipeline, make):

@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Kernel = Callable[[Tensor, float, int, torch.dtype], Tensor]
-"""Codes uint8 of inputs, the scale and zero point that they have, and the dtype to put out -> products, scaled."""
+from tcaq.numerics.bytes import byte_codes
+
+
+@dataclass(frozen=True)
+class InputGrid:
+    """How inputs become codes, `clamp(round(x / (scale * equalizer)) + zero_point, 0, top)`.
+
+    Attributes: scale, zero_point: numbers, or float32 [..., 1] with a row for each token of a linear layer's input; equalizer:
+        float32 [in channels], TCR's r; top: the largest code.
+    """
+
+    scale: float | Tensor
+    zero_point: int | Tensor
+    equalizer: Tensor
+    top: int
+
+    def codes(self, x: Tensor, shape: Sequence[int] = (-1,)) -> Tensor:
+        """Codes of x, uint8; the division is the fake quantizer's, so that the codes are, too.
+
+        Args: shape: of the equalizer, to be broadcast against x.
+        """
+        return byte_codes(x / (self.scale * self.equalizer.reshape(shape)), self.zero_point, self.top)
+
+
+Kernel = Callable[[Tensor, InputGrid, torch.dtype], Tensor]
+"""A float input [batch, in, height, width] or [..., in], its grid, and the dtype to put out -> the layer's output."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +52,20 @@ class Geometry:
 
 
 @dataclass(frozen=True)
+class Weights:
+    """What one kernel multiplies with.
+
+    Attributes: codes: int8 [out, ...]; scale: float32 [out]; bias: float32 [out] or None; rest: int32 [out] or None, a number to
+        be added to each code of a channel, whose sum no byte would hold.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None = None
+    rest: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Span:
     """The numbers that meet in a layer: weights in [low, high], codes of inputs in [0, top]."""
 
@@ -40,13 +78,13 @@ class Span:
 class Backend:
     """Integer kernels of a kind of device.
 
-    Attributes: missing: why nothing can run there, or None; conv, linear: build a kernel from a weight int8 [out, ...], its
-        scale float32 [out], a bias float32 [out] or None (and a convolution's geometry); conv_problem, linear_problem: why a
-        weight of a shape cannot run exactly with such numbers, or None.
+    Attributes: missing: why nothing can run there, or None; conv, linear: build a kernel; conv_problem, linear_problem: why a
+        weight of a shape cannot run exactly with such numbers, or None; adds_rest: whether kernels take weights with a rest.
     """
 
     missing: Callable[[], str | None]
-    conv: Callable[[Tensor, Tensor, Tensor | None, Geometry], Kernel]
-    linear: Callable[[Tensor, Tensor, Tensor | None], Kernel]
+    conv: Callable[[Weights, Geometry], Kernel]
+    linear: Callable[[Weights], Kernel]
     conv_problem: Callable[[tuple[int, ...], Geometry, Span], str | None]
     linear_problem: Callable[[tuple[int, ...], Span], str | None]
+    adds_rest: bool = False

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tcaq.integer.backend import Backend, Geometry, Span
+from tcaq.integer.backend import Backend, Geometry, Span, Weights
 from tcaq.integer.layer import IntegerConv2d, IntegerLayer, IntegerLinear
 from tcaq.integer.token import IntegerTokenLinear
 from tcaq.layers.conv import QuantizedConv2d
@@ -37,25 +37,26 @@ def _conv(layer: QuantizedConv2d, backend: Backend) -> IntegerConv2d:
     def problem(shape: tuple[int, ...], span: Span) -> str | None:
         return backend.conv_problem(shape, geometry, span)
 
-    codes = _form(layer, problem)
-    weight, scale, bias = stacked(codes, layer)
-    return IntegerConv2d(layer, codes, backend.conv(weight, scale, bias, geometry), padded)
+    codes = _form(layer, problem, backend)
+    kernel = backend.conv(stacked(codes, layer, backend.adds_rest), geometry)
+    return IntegerConv2d(layer, codes, kernel, backend.adds_rest, padded)
 
 
 def _linear(layer: QuantizedLinear, backend: Backend) -> IntegerLayer:
-    codes = _form(layer, backend.linear_problem)
-    if isinstance(layer.input_quantizer, TokenQuantizer):
-        weight, scale, _ = stacked(codes, layer)
-        return IntegerTokenLinear(layer, codes, backend.linear(weight, scale, None))
-    return IntegerLinear(layer, codes, backend.linear(*stacked(codes, layer)))
+    codes = _form(layer, backend.linear_problem, backend)
+    kind = IntegerTokenLinear if isinstance(layer.input_quantizer, TokenQuantizer) else IntegerLinear
+    return kind(layer, codes, backend.linear(stacked(codes, layer, backend.adds_rest)), backend.adds_rest)
 
 
-def _form(layer: QuantizedWeight, problem: Callable[[tuple[int, ...], Span], str | None]) -> SignedCodes:
+def _form(
+    layer: QuantizedWeight, problem: Callable[[tuple[int, ...], Span], str | None], backend: Backend
+) -> SignedCodes:
     """The cheapest form of the weight that runs exactly."""
     n = layer.weight_quantizer.centered()
     reasons: list[str] = []
     for form in signed_codes(n):
-        shape = (_rows(form, len(n), layer.groups), *n.shape[1:])
+        summing = form.has_rest and not backend.adds_rest
+        shape = (len(form.planes) * len(n) + summing * layer.groups, *n.shape[1:])
         found = problem(shape, Span(*form.extremes, layer.input_quantizer.high - layer.input_quantizer.low))
         if found is None:
             return form
@@ -63,18 +64,11 @@ def _form(layer: QuantizedWeight, problem: Callable[[tuple[int, ...], Span], str
     raise NoKernel("; ".join(dict.fromkeys(reasons)))
 
 
-def _rows(form: SignedCodes, out: int, groups: int) -> int:
-    return len(form.planes) * out + form.has_rest * groups
-
-
-def stacked(form: SignedCodes, layer: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Everything one kernel multiplies at once: in each group its planes, then the summing channel.
-
-    Returns: weight int8 [rows, ...], scale float32 [rows], bias float32 [rows] or None.
-    """
+def stacked(form: SignedCodes, layer: QuantizedWeight, adds_rest: bool) -> Weights:
+    """In each group its planes, then the channel that sums its inputs, unless the kernel adds the rest."""
     scale, bias = layer.weight_quantizer.scale, layer.quantized_bias()
     ones = torch.ones_like(form.planes[0][:1])
-    weights, scales, biases = [], [], []
+    weights, scales, biases, rests = [], [], [], []
     for group in range(layer.groups):
         for index, (factor, plane) in enumerate(zip(form.factors, form.planes, strict=True)):
             own = slice(*(len(plane) // layer.groups * end for end in (group, group + 1)))
@@ -83,11 +77,17 @@ def stacked(form: SignedCodes, layer: QuantizedWeight) -> tuple[Tensor, Tensor, 
             biases.append(
                 bias[own].detach().float() if bias is not None and index == 0 else torch.zeros_like(scale[own])
             )
-        if form.has_rest:
+            rests.append(form.rest[own].int() * (factor == 1))  # which is one plane of each form
+        if form.has_rest and not adds_rest:
             weights.append(ones)
             scales.append(scale.new_ones(1))
             biases.append(scale.new_zeros(1))
-    return torch.cat(weights).contiguous(), torch.cat(scales), None if bias is None else torch.cat(biases)
+    return Weights(
+        torch.cat(weights).contiguous(),
+        torch.cat(scales),
+        None if bias is None else torch.cat(biases),
+        torch.cat(rests) if form.has_rest and adds_rest else None,
+    )
 
 
 def convolution_geometry(layer: nn.Conv2d) -> tuple[Geometry, list[int]]:

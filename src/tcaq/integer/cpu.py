@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from tcaq.integer.backend import Backend, Geometry, Span
+from tcaq.integer.backend import Backend, Geometry, InputGrid, Span, Weights
 from tcaq.integer.trial import try_conv, try_linear
 
 _SCALED = ("x_scale", "x_zero_point", "qw", "w_scale", "w_zero_point", "bias")
@@ -44,16 +44,17 @@ def missing() -> str | None:
 class CpuConv:
     """A convolution of uint8 inputs with int8 weights, summed in int32."""
 
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
-        self.scale, self.bias, self.geometry = scale, bias, geometry
-        self.zeros = torch.zeros(len(scale), dtype=torch.int64)
+    def __init__(self, weights: Weights, geometry: Geometry) -> None:
+        self.scale, self.bias, self.geometry = weights.scale, weights.bias, geometry
+        self.zeros = torch.zeros(len(weights.scale), dtype=torch.int64)
         # packed for inputs with a zero point, which need sums of the weights beside them
-        self.packed = torch.ops.onednn.qconv_prepack(weight, scale, 1.0, 1, *geometry.arguments, None)
+        self.packed = torch.ops.onednn.qconv_prepack(weights.codes, weights.scale, 1.0, 1, *geometry.arguments, None)
 
-    def __call__(self, codes: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
-        """Codes [batch, in, height, width], best channels-last."""
+    def __call__(self, x: Tensor, grid: InputGrid, dtype: torch.dtype) -> Tensor:
+        """Convolve float [batch, in, height, width]."""
+        codes = grid.codes(x, (1, -1, 1, 1)).contiguous(memory_format=torch.channels_last)
         result: Tensor = torch.ops.onednn.qconv2d_pointwise(
-            codes, scale, zero_point, self.packed, self.scale, self.zeros, self.bias, *self.geometry.arguments,
+            codes, grid.scale, grid.zero_point, self.packed, self.scale, self.zeros, self.bias, *self.geometry.arguments,
             1.0, 0, _output(dtype), "none", [], "",
         )  # fmt: skip
         return result.to(dtype)
@@ -62,15 +63,37 @@ class CpuConv:
 class CpuLinear:
     """A matrix product of uint8 inputs with int8 weights, summed in int32."""
 
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-        self.scale, self.bias = scale, bias
-        self.zeros = torch.zeros(len(scale), dtype=torch.int64)
-        self.packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    def __init__(self, weights: Weights) -> None:
+        self.scale, self.bias = weights.scale, weights.bias
+        self.zeros = torch.zeros(len(weights.scale), dtype=torch.int64)
+        self.sums = weights.codes.sum(1, dtype=torch.float32) * weights.scale
+        self.packed = torch.ops.onednn.qlinear_prepack(weights.codes, None)
 
-    def __call__(self, codes: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
-        """Codes [rows, in]."""
+    def __call__(self, x: Tensor, grid: InputGrid, dtype: torch.dtype) -> Tensor:
+        """Multiply float [..., in]."""
+        codes = grid.codes(x)
+        rows = codes.reshape(-1, codes.shape[-1])
+        if isinstance(grid.scale, Tensor):
+            result = self._by_token(rows, grid).to(dtype)
+        else:
+            result = self._product(rows, grid.scale, grid.zero_point, self.bias, dtype)
+        return result.reshape(*x.shape[:-1], -1)
+
+    def _by_token(self, rows: Tensor, grid: InputGrid) -> Tensor:
+        """The op takes one zero point for all rows. It is given the middle code m, and what a token's own zero point z adds,
+        `(m - z) Σ w`, comes behind it in float: small, because m is as near to every z as one number can be.
+        """
+        scale, zero_point = (torch.as_tensor(part).reshape(-1, 1) for part in (grid.scale, grid.zero_point))
+        middle = (grid.top + 1) // 2
+        products = self._product(rows, 1.0, middle, None, torch.float32)
+        products = torch.addcmul(products, middle - zero_point, self.sums).mul_(scale)
+        return products if self.bias is None else products.add_(self.bias)
+
+    def _product(
+        self, rows: Tensor, scale: float, zero_point: int | Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         result: Tensor = torch.ops.onednn.qlinear_pointwise(
-            codes, scale, zero_point, self.packed, self.scale, self.zeros, self.bias, 1.0, 0, _output(dtype), "none", [], "",
+            rows, scale, zero_point, self.packed, self.scale, self.zeros, bias, 1.0, 0, _output(dtype), "none", [], "",
         )  # fmt: skip
         return result.to(dtype)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tcaq.integer.backend import Backend, Geometry, Span
+from tcaq.integer.backend import Backend, Geometry, InputGrid, Span, Weights
 from tcaq.integer.trial import try_conv, try_linear
 
 MIDDLE = 128
@@ -34,20 +34,22 @@ def missing() -> str | None:
 
 
 class IntegerMatrix:
-    """A weight int8 [out, in] as the op wants it, with what it takes to turn sums into floats.
+    """A weight int8 [out, in] as the op wants it, with what it takes to turn sums into floats."""
 
-    Args: scale: float32 [out]; bias: float32 [out] or None.
-    """
-
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, weights: Weights) -> None:
+        """Args: weight: the codes of `weights` as a matrix."""
         self.out, inner = weight.shape
         self.fill = -inner % STEP
         self.weight = pad(weight, (0, self.fill, 0, -self.out % STEP)).contiguous()
         self.sums = weight.sum(1, dtype=torch.int32)
-        self.scale, self.bias = scale, torch.zeros_like(scale) if bias is None else bias
+        self.scale, bias = weights.scale, weights.bias
+        self.bias = torch.zeros_like(self.scale) if bias is None else bias
 
-    def __call__(self, codes: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
-        """Signed codes int8 [rows, in], which stand for (code - zero_point) * scale; returns `dtype` [rows, out]."""
+    def __call__(self, codes: Tensor, scale: float | Tensor, zero_point: int | Tensor, dtype: torch.dtype) -> Tensor:
+        """Signed codes int8 [rows, in], which stand for (code - zero_point) * scale; returns `dtype` [rows, out].
+
+        Args: scale, zero_point: numbers, or tensors [rows, 1], the latter int32.
+        """
         rows = len(codes)
         short = max(0, LEAST_ROWS - rows)
         if self.fill or short:
@@ -61,26 +63,30 @@ class IntegerMatrix:
 class CudaLinear:
     """A matrix product of uint8 inputs with int8 weights."""
 
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-        self.matrix = IntegerMatrix(weight, scale, bias)
+    def __init__(self, weights: Weights) -> None:
+        self.matrix = IntegerMatrix(weights.codes, weights)
 
-    def __call__(self, codes: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
-        """Codes [rows, in]."""
-        return self.matrix(signed(codes), scale, zero_point - MIDDLE, dtype)
+    def __call__(self, x: Tensor, grid: InputGrid, dtype: torch.dtype) -> Tensor:
+        """Multiply float [..., in]."""
+        codes = signed(grid.codes(x)).reshape(-1, x.shape[-1])
+        scale, zero = grid.scale, grid.zero_point
+        if isinstance(scale, Tensor):
+            scale, zero = scale.reshape(-1, 1), torch.as_tensor(zero).reshape(-1, 1).int()
+        return self.matrix(codes, scale, zero - MIDDLE, dtype).reshape(*x.shape[:-1], -1)
 
 
 class CudaConv:
     """A convolution of uint8 inputs with int8 weights, in one group."""
 
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
-        self.kernel, self.geometry = tuple(weight.shape[2:]), geometry
-        self.matrix = IntegerMatrix(weight.permute(0, 2, 3, 1).flatten(1), scale, bias)
+    def __init__(self, weights: Weights, geometry: Geometry) -> None:
+        self.kernel, self.geometry = tuple(weights.codes.shape[2:]), geometry
+        self.matrix = IntegerMatrix(weights.codes.permute(0, 2, 3, 1).flatten(1), weights)
 
-    def __call__(self, codes: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
-        """Codes [batch, in, height, width], best channels-last."""
-        zero = zero_point - MIDDLE
-        found = windows(signed(codes).permute(0, 2, 3, 1), self.kernel, self.geometry, zero)
-        result = self.matrix(found.flatten(0, 2), scale, zero, dtype)
+    def __call__(self, x: Tensor, grid: InputGrid, dtype: torch.dtype) -> Tensor:
+        """Convolve float [batch, in, height, width]."""
+        codes, zero = signed(grid.codes(x, (1, -1, 1, 1))), int(grid.zero_point) - MIDDLE
+        found = windows(codes.permute(0, 2, 3, 1), self.kernel, self.geometry, zero)
+        result = self.matrix(found.flatten(0, 2), float(grid.scale), zero, dtype)
         image: Tensor = result.unflatten(0, found.shape[:3]).permute(0, 3, 1, 2)
         return image
 

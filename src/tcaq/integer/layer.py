@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from tcaq.errors import CheckpointError
-from tcaq.integer.backend import Kernel
+from tcaq.integer.backend import InputGrid, Kernel
 from tcaq.layers.conv import QuantizedConv2d
 from tcaq.layers.linear import QuantizedLinear
 from tcaq.layers.modes import Mode, Moded
 from tcaq.layers.weighted import QuantizedWeight
-from tcaq.numerics.bytes import byte_codes
 from tcaq.numerics.integers import SignedCodes
 from tcaq.quantizers.affine import AffineQuantizer
 from tcaq.quantizers.clock import StepClock
@@ -30,7 +29,8 @@ class IntegerLayer(Moded, nn.Module):
     the rounding of float. TCR's r divides the input as it is quantized and has no other part in it, since it cancels against
     the weight's.
 
-    Attributes: equalizer: float32 [in channels]; rest: None, or float32 [out], what the sum of a channel's inputs is worth;
+    Attributes: equalizer: float32 [in channels]; rest: None, or float32 [out], what the sum of a channel's inputs is worth where
+        the kernel does not add it;
         fingerprint: uint8 [32], SHA-256 of weight and bias, which only the kernel holds, so that the module's state still tells
         two models apart.
     """
@@ -39,7 +39,11 @@ class IntegerLayer(Moded, nn.Module):
     rest: Tensor | None
     fingerprint: Tensor
 
-    def __init__(self, layer: QuantizedWeight, codes: SignedCodes, kernel: Kernel) -> None:
+    CHANNEL_AXIS = -1
+    """Of the output."""
+
+    def __init__(self, layer: QuantizedWeight, codes: SignedCodes, kernel: Kernel, adds_rest: bool) -> None:
+        """Args: adds_rest: whether the kernel adds what `codes` have beside their planes."""
         super().__init__()
         self._kernel = kernel
         quantizer, weight = layer.input_quantizer, layer.weight_quantizer
@@ -48,7 +52,7 @@ class IntegerLayer(Moded, nn.Module):
         self.groups = layer.groups
         self._device = layer.equalizer.device
         self.register_buffer("equalizer", layer.equalizer.clone())
-        self.register_buffer("rest", codes.rest * weight.scale if codes.has_rest else None)
+        self.register_buffer("rest", codes.rest * weight.scale if codes.has_rest and not adds_rest else None)
         self.register_buffer("fingerprint", _fingerprint(codes.whole(), weight.scale, layer.quantized_bias()))
 
     @property
@@ -69,17 +73,24 @@ class IntegerLayer(Moded, nn.Module):
                 "this layer runs in integers and keeps no float weight; load the model again for other modes"
             )
 
+    def _multiply(self, x: Tensor, grid: InputGrid) -> Tensor:
+        """The kernel's products, their parts added up; x float [batch, in, height, width] or [..., in]."""
+        if self.is_plain:
+            return self._kernel(x, grid, x.dtype)
+        return self._sum(self._kernel(x, grid, torch.float32)).to(x.dtype)
+
     def _sum(self, products: Tensor) -> Tensor:
         """Add the planes, and what `rest` makes of the summing channel; see `stacked` for how they lie."""
-        parts = products.unflatten(1, (self.groups, -1))
-        own = (parts.shape[2] - (self.rest is not None)) // self.planes
-        total = parts.narrow(2, 0, own)
+        axis = self.CHANNEL_AXIS % products.dim()
+        parts = products.unflatten(axis, (self.groups, -1))
+        own = (parts.shape[axis + 1] - (self.rest is not None)) // self.planes
+        total = parts.narrow(axis + 1, 0, own)
         for plane in range(1, self.planes):
-            total = total + parts.narrow(2, plane * own, own)
+            total = total + parts.narrow(axis + 1, plane * own, own)
         if self.rest is not None:
-            rest = self.rest.reshape(1, self.groups, own, *[1] * (parts.dim() - 3))
-            total = torch.addcmul(total, parts.narrow(2, self.planes * own, 1), rest)
-        result: Tensor = total.flatten(1, 2)
+            rest = self.rest.reshape(self.groups, own, *[1] * (parts.dim() - axis - 2))
+            total = torch.addcmul(total, parts.narrow(axis + 1, self.planes * own, 1), rest)
+        result: Tensor = total.flatten(axis, axis + 1)
         return result
 
 
@@ -92,8 +103,8 @@ class SteppedLayer(IntegerLayer):
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, layer: QuantizedWeight, codes: SignedCodes, kernel: Kernel) -> None:
-        super().__init__(layer, codes, kernel)
+    def __init__(self, layer: QuantizedWeight, codes: SignedCodes, kernel: Kernel, adds_rest: bool) -> None:
+        super().__init__(layer, codes, kernel, adds_rest)
         quantizer = cast(AffineQuantizer, layer.input_quantizer)
         self._clock = (quantizer.clock,)
         low, high = quantizer.limits
@@ -119,47 +130,33 @@ class SteppedLayer(IntegerLayer):
 
     def _run(self, x: Tensor, group: int) -> Tensor:
         """The layer on samples that are all in one step group."""
-        raise NotImplementedError
-
-    def _multiply(self, codes: Tensor, group: int, dtype: torch.dtype) -> Tensor:
-        """The kernel's products, their parts added up; codes uint8 [batch or rows, in, ...]."""
-        scale, zero_point = self._scales[group], self._zero_points[group]
-        if self.is_plain:
-            return self._kernel(codes, scale, zero_point, dtype)
-        return self._sum(self._kernel(codes, scale, zero_point, torch.float32)).to(dtype)
-
-    def _codes(self, x: Tensor, group: int, shape: Sequence[int]) -> Tensor:
-        """Unsigned codes of x, uint8; the division is the fake quantizer's, so that the codes are, too."""
-        divisor = (self.scale[group] * self.equalizer).reshape(shape)
-        return byte_codes(x / divisor, self._zero_points[group], self._tops[group])
+        grid = InputGrid(self._scales[group], self._zero_points[group], self.equalizer, self._tops[group])
+        return self._multiply(x, grid)
 
 
 class IntegerConv2d(SteppedLayer):
     """Stands in for a QuantizedConv2d; see SteppedLayer."""
 
-    def __init__(self, layer: QuantizedConv2d, codes: SignedCodes, kernel: Kernel, padded: Sequence[int]) -> None:
-        super().__init__(layer, codes, kernel)
+    CHANNEL_AXIS = 1
+
+    def __init__(
+        self, layer: QuantizedConv2d, codes: SignedCodes, kernel: Kernel, adds_rest: bool, padded: Sequence[int]
+    ) -> None:
+        super().__init__(layer, codes, kernel, adds_rest)
         self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
         self._padded = list(padded)
         self._padding_mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
 
     def _run(self, x: Tensor, group: int) -> Tensor:
-        if any(self._padded):
-            x = pad(x, self._padded, mode=self._padding_mode)
-        codes = self._codes(x, group, (1, -1, 1, 1))
-        return self._multiply(codes.contiguous(memory_format=torch.channels_last), group, x.dtype)
+        return super()._run(pad(x, self._padded, mode=self._padding_mode) if any(self._padded) else x, group)
 
 
 class IntegerLinear(SteppedLayer):
     """Stands in for a QuantizedLinear; see SteppedLayer."""
 
-    def __init__(self, layer: QuantizedLinear, codes: SignedCodes, kernel: Kernel) -> None:
-        super().__init__(layer, codes, kernel)
+    def __init__(self, layer: QuantizedLinear, codes: SignedCodes, kernel: Kernel, adds_rest: bool) -> None:
+        super().__init__(layer, codes, kernel, adds_rest)
         self.in_features, self.out_features = layer.in_features, layer.out_features
-
-    def _run(self, x: Tensor, group: int) -> Tensor:
-        codes = self._codes(x, group, (-1,)).reshape(-1, self.in_features)
-        return self._multiply(codes, group, x.dtype).reshape(*x.shape[:-1], self.out_features)
 
 
 _READ: WeakKeyDictionary[StepClock, tuple[Tensor, list[int]]] = WeakKeyDictionary()

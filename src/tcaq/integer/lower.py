@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -16,6 +17,7 @@ from tcaq.integer.backend import Backend
 from tcaq.integer.build import NoKernel, integer_layer
 from tcaq.integer.cpu import CPU
 from tcaq.integer.cuda import CUDA
+from tcaq.integer.cuda_triton import TRITON
 from tcaq.layers.insert import quantized_layers, replace
 from tcaq.layers.processors import detach_products, has_products
 from tcaq.layers.product import QuantizedProduct
@@ -23,7 +25,8 @@ from tcaq.layers.weighted import QuantizedWeight
 from tcaq.models.denoiser import find_denoiser
 from tcaq.models.quantizer import TcaqQuantizer
 
-BACKENDS = {"cpu": CPU, "cuda": CUDA}
+BACKENDS = {"cpu": (CPU,), "cuda": (TRITON, CUDA)}
+"""Kernels of each kind of device, the fastest first: a layer takes the first that run it exactly."""
 Products = Literal["plan", "fused"]
 Execution = Literal["integer", "fake", "float"]
 NO_PRODUCT = "products of two activations have no integer kernel"
@@ -90,15 +93,16 @@ def lower(pipe: DiffusionPipeline, products: Products = "plan") -> Lowering:
             f"the denoiser of this {type(pipe).__name__} is not quantized (or lowered already); nothing to lower"
         )
     device = next(denoiser.parameters()).device.type
-    backend = BACKENDS.get(device)
-    problem = f"tcaq has no integer kernels for the device {device!r}" if backend is None else backend.missing()
-    if problem is not None:
+    problems = {backend: backend.missing() for backend in BACKENDS.get(device, ())}
+    usable = [backend for backend, problem in problems.items() if problem is None]
+    if not usable:
+        problem = "; ".join(map(str, problems.values())) or f"tcaq has no integer kernels for the device {device!r}"
         warnings.warn(f"{problem}; the model runs fake-quantized, in float", RuntimeWarning, stacklevel=2)
         return Lowering(tuple(LayerExecution(name, "fake", problem) for name in layers))
     _leave_file(denoiser)
     done = []
     for name in tuple(layers):
-        done.append(_lower(denoiser, name, layers.pop(name), cast(Backend, backend), products))
+        done.append(_lower(denoiser, name, layers.pop(name), usable, products))
         release_freed_memory()  # what packing left behind, layer by layer, would come to as much again as the weights
     if products == "fused":
         _fuse(denoiser)
@@ -108,16 +112,19 @@ def lower(pipe: DiffusionPipeline, products: Products = "plan") -> Lowering:
 
 
 def _lower(
-    denoiser: nn.Module, name: str, layer: QuantizedWeight | QuantizedProduct, backend: Backend, products: Products
+    denoiser: nn.Module, name: str, layer: QuantizedWeight | QuantizedProduct, backends: Sequence[Backend], products: Products
 ) -> LayerExecution:  # fmt: skip
     if isinstance(layer, QuantizedProduct):
         return LayerExecution(name, "float", FUSED) if products == "fused" else LayerExecution(name, "fake", NO_PRODUCT)
-    try:
-        with torch.no_grad():
-            replace(denoiser, name, integer_layer(layer, backend))
-    except NoKernel as problem:
-        return LayerExecution(name, "fake", str(problem))
-    return LayerExecution(name, "integer")
+    problems: list[str] = []
+    for backend in backends:
+        try:
+            with torch.no_grad():
+                replace(denoiser, name, integer_layer(layer, backend))
+            return LayerExecution(name, "integer")
+        except NoKernel as problem:
+            problems.append(str(problem))
+    return LayerExecution(name, "fake", "; ".join(dict.fromkeys(problems)))
 
 
 def _leave_file(denoiser: nn.Module) -> None:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from tcaq.integer.backend import Geometry, Kernel, Span
+from tcaq.integer.backend import Geometry, InputGrid, Kernel, Span, Weights
 
 ROWS = 64
 """Output channels of a trial; kernels take them in blocks of up to so many."""
 
 
 def try_conv(
-    conv: Callable[[Tensor, Tensor, Tensor | None, Geometry], Kernel], shape: tuple[int, ...], geometry: Geometry, span: Span,
+    conv: Callable[[Weights, Geometry], Kernel], shape: tuple[int, ...], geometry: Geometry, span: Span,
     device: str = "cpu",
 ) -> str | None:  # fmt: skip
     """Why a weight of this shape is not multiplied exactly on a small image of extreme values; None if it is."""
@@ -29,11 +29,11 @@ def try_conv(
     def expected(zero: int) -> Tensor:
         return conv2d(codes.double() - zero, weight.double(), None, *geometry.arguments)
 
-    return compare(lambda w, s: conv(w, s, None, geometry), weight, codes, expected, span, device)
+    return compare(lambda weights: conv(weights, geometry), weight, codes, expected, span, device)
 
 
 def try_linear(
-    linear: Callable[[Tensor, Tensor, Tensor | None], Kernel], shape: tuple[int, ...], span: Span, device: str = "cpu"
+    linear: Callable[[Weights], Kernel], shape: tuple[int, ...], span: Span, device: str = "cpu"
 ) -> str | None:
     """The same for a matrix."""
     weight, codes = extremes(_fewer(shape), span.low, span.high), extremes((8, shape[1]), 0, span.top)
@@ -41,7 +41,7 @@ def try_linear(
     def expected(zero: int) -> Tensor:
         return (codes.double() - zero) @ weight.double().T
 
-    return compare(lambda w, s: linear(w, s, None), weight, codes, expected, span, device)
+    return compare(linear, weight, codes, expected, span, device)
 
 
 def _fewer(shape: tuple[int, ...], groups: int = 1) -> tuple[int, ...]:
@@ -57,21 +57,18 @@ def extremes(shape: tuple[int, ...], low: int, high: int) -> Tensor:
 
 
 def compare(
-    make: Callable[[Tensor, Tensor], Kernel], weight: Tensor, codes: Tensor, expected: Callable[[int], Tensor], span: Span,
+    make: Callable[[Weights], Kernel], weight: Tensor, codes: Tensor, expected: Callable[[int], Tensor], span: Span,
     device: str = "cpu",
 ) -> str | None:  # fmt: skip
-    """Against float64, which holds all such sums exactly."""
+    """Against float64, which holds all such sums exactly. Args: codes: [rows, in, ...], given as the inputs that have them."""
+    equalizer = torch.ones(codes.shape[1], device=device)
     try:
-        kernel = make(weight.to(device, torch.int8), torch.ones(len(weight), device=device))
+        kernel = make(Weights(weight.to(device, torch.int8), torch.ones(len(weight), device=device)))
         for zero in {0, span.top // 2, span.top}:
-            found = kernel(_bytes(codes).to(device), 1.0, zero, torch.float32).cpu()
+            x = (codes - zero).to(device, torch.float32)
+            found = kernel(x, InputGrid(1.0, zero, equalizer, span.top), torch.float32).cpu()
             if not torch.equal(found, expected(zero).float()):
                 return f"this processor does not multiply weights {span.low} to {span.high} by codes 0 to {span.top} exactly"
     except RuntimeError as error:  # an op that refuses a shape is as good as none
         return f"its integer product is refused: {error}"
     return None
-
-
-def _bytes(codes: Tensor) -> Tensor:
-    small = codes.to(torch.uint8)
-    return small.contiguous(memory_format=torch.channels_last) if small.dim() == 4 else small

@@ -1,0 +1,28 @@
+"""Where integer kernels are tested: every backend on the CPU, and on a GPU where there is one.
+
+Without a GPU, Triton's interpreter runs its programs (tests/conftest.py asks for it), statement by statement, in numpy.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from tcaq.integer.cpu import CPU
+from tcaq.integer.cuda import CUDA
+from tcaq.integer.cuda_triton import TRITON
+
+GPU = torch.cuda.is_available()
+HERE = "cuda" if GPU else "cpu"
+"""Where Triton's programs run."""
+ON_GPU = pytest.mark.skipif(not GPU, reason="no CUDA device: the same arithmetic is tested on the CPU")
+WITH_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+PLACES = [
+    pytest.param((CPU, "cpu"), id="cpu"),
+    pytest.param((CUDA, "cpu"), id="cuda's arithmetic on the CPU"),
+    pytest.param((CUDA, "cuda"), id="cuda", marks=ON_GPU),
+    pytest.param((TRITON, HERE), id="triton" if GPU else "triton, interpreted", marks=WITH_TRITON),
+]
+EVERYWHERE = pytest.mark.parametrize("place", PLACES)
