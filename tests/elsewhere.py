@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
-import pytest
 import torch
 from torch import Tensor
 from torch.utils import _pytree as tree
@@ -88,15 +88,18 @@ def check_together(func: Any, tensors: list[Tensor]) -> None:
             raise RuntimeError(f"{func} was given tensors of the CPU and of another device")
 
 
+def available() -> bool:
+    """Whether this PyTorch can make a device in Python."""
+    return hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+
+
 @contextmanager
-def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """Inside the block the device exists; generators of random numbers that are asked for there are the CPU's."""
-    set_up = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
-    if set_up is None:
-        pytest.skip("this PyTorch cannot make a device in Python")
+def elsewhere() -> Iterator[torch.device]:
+    """Inside the block the device exists, and random numbers are drawn there as on the CPU.
+
+    It must be entered before the process's first backward pass, which fixes which devices there are: in a process of its own.
+    """
     if torch._C._get_privateuse1_backend_name() != NAME:
-        set_up(NAME)
-    generator = torch.Generator
-    monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator("cpu" if is_here(device) else device))
-    with _Dispatch():
+        backend_registration._setup_privateuseone_for_python_backend(NAME)
+    with _Dispatch(), patch("tcaq.stages.reconstruct.following", lambda generator, device: generator):
         yield torch.device(NAME, 0)
