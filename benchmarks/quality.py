@@ -20,7 +20,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,43 +70,48 @@ def tcaq(*args: object) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def measure(
-    name: str, options: list[str], args: argparse.Namespace, tcaq: Callable[..., str] = tcaq
-) -> dict[str, Any]:  # fmt: skip
-    """Quantize and evaluate one cell; both go on where they stopped. Args: tcaq: runs the command."""
-    folder = args.output / name
-    asked = flags(args)
-    options = [*options, *map(str, asked)]
-    made = json.loads(tcaq("quantize", args.model, "--output", folder, *options, "--json"))
-    scores = args.output / f"{name}.json"
-    options += ["--device", args.device] if args.device != "cpu" else []
-    protocol = ["--num", args.num, "--steps", args.steps, "--seed", args.seed, "--work", args.output / "samples"]
-    protocol += ["--batch", args.batch, "--device", args.device]
-    tcaq("evaluate", folder, "--reference", args.model, *protocol, *asked, "--json", scores)
-    values = read_json(scores)
-    values["paired"]["sqnr_per_step"] = [
-        [row["timestep"], round(row["sqnr"], 2)] for row in values["paired"]["sqnr_per_step"]
-    ]
+def measure(name: str, options: list[str], args: argparse.Namespace) -> dict[str, Any]:
+    """Quantize and evaluate one cell; both go on where they stopped."""
+    cell = quantized(name, options, args)
+    if args.evaluated:
+        elsewhere = read_json(args.evaluated)
+        own = elsewhere["cells"][name][str(args.num)]
+        return cell | {"sampled": elsewhere["device"], "evaluation": own["evaluation"]}
+    return cell | {"evaluation": evaluated(name, args)}
+
+
+def quantized(name: str, options: list[str], args: argparse.Namespace) -> dict[str, Any]:
+    """How a cell's checkpoint was made, and what that took; makes it if it is not there."""
+    options = [*options, *map(str, flags(args))]
+    made = json.loads(tcaq("quantize", args.model, "--output", args.output / name, *options, "--json"))
     return {
         "command": f"tcaq quantize {args.model} {' '.join(options)}",
         "quantize_seconds": round(made["seconds"], 1),
         "quantize_peak_memory": made["peak_memory"],
         "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
         "commit": commit(),
-        "vectors": vectors(args.device),
-        "evaluation": values,
+        "vectors": torch.backends.cpu.get_cpu_capability(),
     }
 
 
-def vectors(device: str) -> str:
-    """What computes: the processor's vector instructions, or the name of another device."""
-    return torch.backends.cpu.get_cpu_capability() if device == "cpu" else torch.cuda.get_device_name(device)
+def evaluated(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What `tcaq evaluate` says of a cell."""
+    scores = args.output / f"{name}.json"
+    protocol = ["--num", args.num, "--steps", args.steps, "--seed", args.seed, "--work", args.output / "samples"]
+    tcaq("evaluate", args.output / name, "--reference", args.model, *protocol, *flags(args), "--json", scores)
+    return scored(read_json(scores))
+
+
+def scored(values: dict[str, Any]) -> dict[str, Any]:
+    """What `tcaq evaluate` wrote, with the noise by step in fewer characters."""
+    values["paired"]["sqnr_per_step"] = [
+        [row["timestep"], round(row["sqnr"], 2)] for row in values["paired"]["sqnr_per_step"]
+    ]
+    return values
 
 
 def commit() -> str:
-    """The code that is running, as git names it, or the environment where it is a copy without a history."""
-    if known := os.environ.get("TCAQ_COMMIT"):
-        return known
+    """The code that is running, as git names it."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
@@ -137,13 +141,16 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=32, help="images at a time in evaluation")
-    parser.add_argument("--device", default="cpu")
     every = list(cells(""))
     parser.add_argument("--only", nargs="+", choices=every, default=[name for name in every if name not in LONGER])
+    parser.add_argument("--quantize-only", action="store_true", help="make the checkpoints and no more")
+    parser.add_argument("--evaluated", type=Path, help="what `on_gpu.py` measured, in place of sampling")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     for name in args.only:
+        if args.quantize_only:
+            quantized(name, cells(args.preset)[name], args)
+            continue
         cell = measure(name, cells(args.preset)[name], args)
         results = stored(args)
         results["cells"][name] = cell

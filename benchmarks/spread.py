@@ -29,7 +29,7 @@ from tcaq.cli.models import open_float
 from tcaq.evaluate.features import load_features
 from tcaq.evaluate.metrics import Moments, frechet_distance
 from tcaq.evaluate.sampling import sample_for_evaluation
-from tcaq.records import write_json
+from tcaq.records import read_json, write_json
 
 RESULTS = ROOT / "benchmarks" / "results" / "spread.json"
 BLOCKS = 40
@@ -48,6 +48,22 @@ def left_out(pipe: Any, args: argparse.Namespace, batch: int = 32) -> Tensor:
         ],
         dtype=torch.float64,
     )
+
+
+def sampled(asked: set[str], args: argparse.Namespace) -> dict[str, Tensor]:
+    """The distances of the float model, as `float`, and of those cells that were sampled here."""
+    folders = {name: args.output / name for name in asked if (args.output / f"{name}.json").exists()}
+    found = {"float": left_out(open_float(args.model), args)}
+    return found | {name: left_out(tcaq.load(folder), args) for name, folder in folders.items()}
+
+
+def measured(args: argparse.Namespace) -> dict[str, Tensor]:
+    """The same of what `on_gpu.py` sampled."""
+    found, num = read_json(args.evaluated), str(args.num)
+    values = {"float": found["float"][num]} | {
+        n: cell[num]["left_out"] for n, cell in found["cells"].items() if num in cell
+    }
+    return {name: torch.tensor(distances, dtype=torch.float64) for name, distances in values.items()}
 
 
 def without_each_block(features: Tensor) -> Iterator[Moments]:
@@ -71,18 +87,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=list(cells("")), help="cells; others keep what they have")
+    parser.add_argument("--evaluated", type=Path, help="what `on_gpu.py` measured, in place of the images")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     how = {"blocks": BLOCKS, "num": args.num, "steps": args.steps, "seed": args.seed}
     results = stored(args.results, how)
     asked = set(args.only or cells(""))
     asked |= {f"tcaq-{name.rpartition('-')[2]}" for name in asked}  # what they are compared with
-    base = left_out(open_float(args.model), args)
-    ratios = {
-        name: left_out(tcaq.load(args.output / name), args) / base
-        for name in cells("")
-        if name in asked and (args.output / f"{name}.json").exists()
-    }
+    there = measured(args) if args.evaluated else sampled(asked, args)
+    ratios = {name: there[name] / there["float"] for name in cells("") if name in asked and name in there}
     for name, ratio in ratios.items():
         whole = ratios.get(f"tcaq-{name.rpartition('-')[2]}")
         cell = {"error": error(ratio)}

@@ -25,7 +25,11 @@ SIZES = {
     "alignment": {"rounds": 1, "iterations": 1},
     "network": {"iterations": 1, "inputs": 4, "batch": 2},
 }
-FOLLOWING = {"tcaq": ("network", "collect/3", "collect/4", "collect/5", "correct"), "ptqd": ("correct",), "apqdm": ("group", "scale", "select")}
+FOLLOWING = {
+    "tcaq": ("network", "collect/3", "collect/4", "collect/5", "correct"),
+    "ptqd": ("correct",),
+    "apqdm": ("group", "scale", "select"),
+}
 """What a gradient through the whole denoiser, or sums over all of it, decide: a device adds in another order."""
 RUNS = {
     "tcaq": {},
