@@ -2,7 +2,8 @@
 
     python benchmarks/page.py
 
-`quality.py` makes the tables of image quality and `spread.py` their standard errors, `make bench` has the commands behind the
+`quality.py` makes the tables of image quality (`larger`: those of more images) and `spread.py` their standard errors, `make bench` has
+the commands behind the
 second model's (`second`, `parts`, `parts-spread`), `presets.py` makes the table of costs, `speed.py` those of speed and the figure
 beside them, `integer.py` that of integer images. A part whose study has not run yet is left out, and the page says so.
 """
@@ -62,6 +63,7 @@ def page(found: Mapping[str, Any]) -> list[str]:
     """Lines of the page. Args: found: what each study left, by its name."""
     lines = ["# Results", "", "Written by `python benchmarks/page.py`; do not edit by hand.", ""]
     lines += quality(found["quality"], found.get("spread", {}).get("cells", {})) if "quality" in found else []
+    lines += larger(found["larger"], found.get("larger-spread", {}).get("cells", {})) if "larger" in found else []
     lines += (
         second(found["second"], found.get("parts"), found.get("parts-spread", {}).get("cells", {}))
         if "second" in found
@@ -101,6 +103,25 @@ def quality(results: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:
     for bits in ("w6a6", "w4a4"):
         lines += ablation(f"What each part adds at {bits.upper()}", bits, done, spread)
     return [*lines, *reseeded(done, spread), *longer(done, spread)]
+
+
+def larger(results: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:
+    """The same with more images, for those cells whose checkpoints were at hand where a GPU was."""
+    lines = [
+        f"## {results['num']:,} images".replace(",", " "),
+        "",
+        "The protocol above with more images, which `python benchmarks/on_gpu.py` samples from checkpoints that were quantized on "
+        "a processor. The smallest distances fall with the number of images, that of the float model as well.",
+        "",
+    ]
+    for bits in WIDTHS:
+        rows = [
+            row(f"`{name}`", cell, spread.get(name, {}))
+            for name, cell in results["cells"].items()
+            if name.endswith(bits)
+        ]
+        lines += [HEAD.format(bits.upper()), *rows, ""] if rows else []
+    return lines
 
 
 def older(done: Mapping[str, Any]) -> list[str]:
@@ -267,9 +288,14 @@ def row(name: str, cell: Mapping[str, Any], spread: Mapping[str, float] | None =
     return (
         f"| {name} | {scores['quantized']['fd']:.2f} | {scores['ratio']['fd']:.3f}{error} | {scores['quantized']['kid']:.5f} "
         f"| {pair['psnr']:.2f} | {pair['ssim']:.3f} | {pair['fd_to_float']:.2f} "
-        f"| {minutes} | {cell['threads']} | {cell['vectors']} | {cell['quantize_peak_memory'] / 2**30:.2f} "
+        f"| {minutes} | {cell['threads']} | {where(cell)} | {cell['quantize_peak_memory'] / 2**30:.2f} "
         f"| {cell.get('commit', '')} |"
     )
+
+
+def where(cell: Mapping[str, Any]) -> str:
+    """What a cell was computed on: its processor's vector instructions, and what else sampled it."""
+    return f"{cell['vectors']}, sampled on {cell['sampled']}" if "sampled" in cell else str(cell["vectors"])
 
 
 def integers(results: Mapping[str, Any]) -> list[str]:
