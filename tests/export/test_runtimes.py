@@ -18,7 +18,7 @@ from tcaq.export.example import Example
 from tcaq.export.folder import CARD
 from tcaq.export.interface import Input, Interface
 from tcaq.export.parity import parity
-from tcaq.export.standin import Steps
+from tcaq.export.standin import Dialect, Steps
 from tcaq.export.traceable import stand_in
 from tcaq.models.sampler import sample
 from tcaq.processor import has_vnni
@@ -55,10 +55,10 @@ def folder(form, pipe, tmp_path_factory) -> Path:
 class OneLayer(nn.Module):
     """A layer as a model of its own, at a timestep."""
 
-    def __init__(self, layer: nn.Module, dialect: object, vnni: bool) -> None:
+    def __init__(self, layer: nn.Module, dialect: Dialect) -> None:
         super().__init__()
         self.steps = (Steps(layer.input_quantizer.clock.boundaries),)
-        self.layer = stand_in(layer, dialect, self.steps[0], vnni)
+        self.layer = stand_in(layer, dialect, self.steps[0])
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
         self.steps[0].set(timestep)
@@ -68,10 +68,10 @@ class OneLayer(nn.Module):
 def run_layer(form: str, layer: nn.Module, x: Tensor, path: Path, vnni: bool):
     """Predictions of a layer in the other runtime, as a function of the timestep."""
     module = onnx if form == "onnx" else openvino
-    dialect = onnx.OnnxDialect(vnni) if form == "onnx" else openvino.OpenVinoDialect()
+    dialect = onnx.OnnxDialect(vnni) if form == "onnx" else openvino.OpenVinoDialect(vnni)
     free = {0: "batch"} | ({2: "height", 3: "width"} if x.dim() == 4 else {})
     interface = Interface(("sample", "timestep"), (Input("sample", "float32", free), Input("timestep", "float32", {})))
-    module.write_traced(OneLayer(layer, dialect, vnni).eval(), Example(interface, (x, torch.zeros(1))), path)
+    module.write_traced(OneLayer(layer, dialect).eval(), Example(interface, (x, torch.zeros(1))), path)
     predict = module.open_onnx(path) if form == "onnx" else module.open_openvino(path)
     return lambda time: torch.from_numpy(predict(x.numpy(), np.array([time], dtype=np.float32)))
 
