@@ -57,15 +57,18 @@ class OnnxDialect:
         """A byte a code."""
         return Columns(layer, top, self.vnni)
 
-    def quantize(self, x: Tensor, divisor: Tensor, zero: Tensor, top: int | Tensor, axis: int) -> Tensor:
+    def quantize(
+        self, x: Tensor, divisor: Tensor, zero: Tensor, top: int | Tensor, axis: int
+    ) -> tuple[Tensor, Tensor | None]:
         """One QuantizeLinear; it takes a divisor for each channel, but is fast only where channels come first."""
         if len(divisor) > 1 and axis != 1:
             x, divisor = x / divisor, torch.ones(1)
         kind, low = zero.dtype, -MIDDLE if zero.dtype is torch.int8 else 0
         codes = operator("QuantizeLinear", kind, (x, divisor, zero.expand(len(divisor))), x, axis=axis)
         if isinstance(top, Tensor):
-            return operator("Min", kind, (codes, (top + low).to(kind)), codes)
-        return codes if top == 255 else operator("Min", kind, (codes, torch.tensor([top + low], dtype=kind)), codes)
+            return operator("Min", kind, (codes, (top + low).to(kind)), codes), zero
+        clipped = codes if top == 255 else operator("Min", kind, (codes, torch.tensor([top + low], dtype=kind)), codes)
+        return clipped, zero
 
     def conv(
         self, codes: Tensor, zero: Tensor, scale: Tensor, rows: nn.Module, layer: nn.Conv2d, bias: Tensor, steps: Steps

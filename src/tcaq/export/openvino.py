@@ -58,19 +58,26 @@ class OpenVinoDialect:
         """Signed bytes."""
         return Planes(layer, -BYTE[0] if self.vnni else most_exact(top))
 
-    def quantize(self, x: Tensor, divisor: Tensor, zero: Tensor, top: int | Tensor, axis: int) -> Tensor:
-        """Codes as whole numbers in float."""
+    def quantize(
+        self, x: Tensor, divisor: Tensor, zero: Tensor, top: int | Tensor, axis: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Codes as whole numbers in float, the zero point taken off where a signed byte holds what is left."""
         shape = [1] * x.dim()
         shape[axis] = -1
-        units = x / divisor.reshape(shape) + zero
+        units = x / divisor.reshape(shape)
+        # a whole number clips before rounding as it does afterwards, and nothing comes between quantization and convolution
+        if not isinstance(top, Tensor) and top <= BYTE[1]:
+            units = torch.minimum(torch.maximum(units, -zero), top - zero)
+            return torch.fake_quantize_per_tensor_affine(units, 1.0, 0, *BYTE), None
+        units = units + zero
         if isinstance(top, Tensor):
-            # a whole number clips before rounding as it does afterwards, and nothing comes between quantization and convolution
             units, top = torch.minimum(units, top), 255
-        return torch.fake_quantize_per_tensor_affine(units, 1.0, 0, 0, top)
+        return torch.fake_quantize_per_tensor_affine(units, 1.0, 0, 0, top), zero
 
     def conv(
-        self, codes: Tensor, zero: Tensor, scale: Tensor, rows: nn.Module, layer: nn.Conv2d, bias: Tensor, steps: Steps
-    ) -> Tensor:
+        self, codes: Tensor, zero: Tensor | None, scale: Tensor, rows: nn.Module, layer: nn.Conv2d, bias: Tensor,
+        steps: Steps,
+    ) -> Tensor:  # fmt: skip
         """A float convolution with a dequantized weight.
 
         Scaled before the zero point's share is taken off: OpenVINO would join a subtraction to a bare convolution, which then
@@ -79,16 +86,20 @@ class OpenVinoDialect:
         planes = cast(Planes, rows)
         slide: Any = (layer.stride, layer.padding, layer.dilation)
         gain = planes.gain.reshape(-1, 1, 1, 1)
-        sums = planes.weight.sum(1, keepdim=True, dtype=torch.float32) * gain
-        ends = conv2d(torch.ones_like(codes[:1, :1]), sums, None, *slide) * (zero * scale)
-        products = conv2d(codes, planes.weight.float() * gain, None, *slide) * scale - ends
+        products = conv2d(codes, planes.weight.float() * gain, None, *slide) * scale
+        if zero is not None:
+            sums = planes.weight.sum(1, keepdim=True, dtype=torch.float32) * gain
+            products = products - conv2d(torch.ones_like(codes[:1, :1]), sums, None, *slide) * (zero * scale)
         return planes.total(products, 1) + bias.reshape(-1, 1, 1)
 
-    def linear(self, codes: Tensor, zero: Tensor, scale: Tensor, rows: nn.Module, bias: Tensor | None = None) -> Tensor:
+    def linear(
+        self, codes: Tensor, zero: Tensor | None, scale: Tensor, rows: nn.Module, bias: Tensor | None = None
+    ) -> Tensor:
         """A float product with a dequantized weight."""
         planes = cast(Planes, rows)
-        sums = planes.weight.sum(1, dtype=torch.float32) * planes.gain
-        products = linear(codes, planes.weight.float() * planes.gain.reshape(-1, 1)) * scale - sums * (zero * scale)
+        products = linear(codes, planes.weight.float() * planes.gain.reshape(-1, 1)) * scale
+        if zero is not None:
+            products = products - planes.weight.sum(1, dtype=torch.float32) * planes.gain * (zero * scale)
         total = planes.total(products, codes.dim() - 1)
         return total if bias is None else total + bias
 

@@ -116,7 +116,7 @@ class Grid(nn.Module):
         scale, zero = (self.steps[0].row(table, 1) for table in (self.scale, self.zero))
         top = cast(int, self.top) if self.tops is None else self.steps[0].row(self.tops, 1)
         divisor = scale if equalizer is None else scale * equalizer
-        return Codes(self.dialect.quantize(x, divisor, zero, top, axis), zero, scale)
+        return Codes(*self.dialect.quantize(x, divisor, zero, top, axis), scale)
 
 
 class StandIn(Moded, nn.Module):

@@ -35,6 +35,6 @@ class TokenStandIn(StandIn):
         zero_point, one = zero_point - self.quantizer.low, torch.ones(1)
         nothing, middle = (self.dialect.zeros(torch.full((1,), float(code))) for code in (0, self.middle))
         shifted = torch.round(x / (scale * gain)) + zero_point
-        codes = self.dialect.quantize(shifted, one, nothing, self.top, x.dim() - 1)
+        codes, _ = self.dialect.quantize(shifted, one, nothing, self.top, x.dim() - 1)
         products = self.dialect.linear(codes, middle, one, self.rows)
         return (products + (self.middle - zero_point) * self.sums) * scale + self.bias
