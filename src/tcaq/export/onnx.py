@@ -1,8 +1,7 @@
-"""ONNX: a denoiser with integer convolutions and matrix products, whose scales are looked up by timestep inside the graph.
+"""ONNX: a denoiser with products of integers, whose scales are looked up by timestep inside the graph.
 
-The graph multiplies codes with `ConvInteger` and `MatMulInteger`, whose sums are exact, and scales them in float. The usual
-pairs of QuantizeLinear and DequantizeLinear around a float Conv become integer arithmetic in ONNX Runtime only where the
-convolution's output is quantized, too, which ours is not.
+Convolutions are products of their windows. The usual pairs of QuantizeLinear and DequantizeLinear around a float Conv become
+integer arithmetic in ONNX Runtime only where the convolution's output is quantized, too, which ours is not.
 """
 
 from __future__ import annotations
@@ -65,20 +64,23 @@ class OnnxDialect:
             x, divisor = x / divisor, torch.ones(1)
         kind, low = zero.dtype, -MIDDLE if zero.dtype is torch.int8 else 0
         codes = operator("QuantizeLinear", kind, (x, divisor, zero.expand(len(divisor))), x, axis=axis)
-        if isinstance(top, Tensor):
-            return operator("Min", kind, (codes, (top + low).to(kind)), codes), zero
-        clipped = codes if top == 255 else operator("Min", kind, (codes, torch.tensor([top + low], dtype=kind)), codes)
-        return clipped, zero
+        if not isinstance(top, Tensor) and top == 255:
+            return codes, zero
+        limits = torch.tensor(low, dtype=kind), (torch.as_tensor(top) + low).to(kind).reshape(())
+        return operator("Clip", kind, (codes, *limits), codes), zero
 
     def conv(
-        self, codes: Tensor, zero: Tensor, scale: Tensor, rows: nn.Module, layer: nn.Conv2d, bias: Tensor, steps: Steps
-    ) -> Tensor:
+        self, codes: Tensor, zero: Tensor | None, scale: Tensor, rows: nn.Module, layer: nn.Conv2d, bias: Tensor,
+        steps: Steps,
+    ) -> Tensor:  # fmt: skip
         """A product with the windows."""
-        seen = windows(codes, zero, layer, steps)
+        seen = windows(codes, cast(Tensor, zero), layer, steps)
         products = [self.linear(part, zero, scale, rows, bias) for part in seen.rows]
         return seen.images(products[0] if len(products) == 1 else torch.cat(products, 1))
 
-    def linear(self, codes: Tensor, zero: Tensor, scale: Tensor, rows: nn.Module, bias: Tensor | None = None) -> Tensor:
+    def linear(
+        self, codes: Tensor, zero: Tensor | None, scale: Tensor, rows: nn.Module, bias: Tensor | None = None
+    ) -> Tensor:
         """One operator."""
         columns, more = cast(Columns, rows), () if bias is None else (bias,)
         like = codes.new_zeros(*codes.shape[:-1], columns.weight.shape[1])
@@ -108,7 +110,7 @@ def write_onnx(denoiser: nn.Module, example: Example, path: Path, vnni: bool = F
     The model is traced, not exported by way of `torch.export`: that takes over a minute of symbolic shapes for a model that is
     traced in three seconds, and what is traced here was made for it: no value decides the way.
 
-    Args: path: of the `.onnx` file; vnni: see Traceable.
+    Args: path: of the `.onnx` file; vnni: see OnnxDialect.
     Raises: MissingExtraError; ModelError listing what cannot be exported.
     """
     require()
@@ -158,7 +160,7 @@ def load_onnx(folder: Path | str) -> DiffusionPipeline:
 def export_onnx(pipe: DiffusionPipeline, folder: Path | str, vnni: bool = False) -> None:
     """Write a quantized pipeline with its denoiser as ONNX.
 
-    Args: vnni: it will only run on processors with VNNI instructions; see Traceable.
+    Args: vnni: it will only run on processors with VNNI instructions; see OnnxDialect.
     Raises: MissingExtraError; ModelError listing what cannot be exported; UsageError if `folder` holds something else.
     """
     require()

@@ -89,7 +89,10 @@ class OpenVinoDialect:
         products = conv2d(codes, planes.weight.float() * gain, None, *slide) * scale
         if zero is not None:
             sums = planes.weight.sum(1, keepdim=True, dtype=torch.float32) * gain
-            products = products - conv2d(torch.ones_like(codes[:1, :1]), sums, None, *slide) * (zero * scale)
+            key = tuple(int(side) for side in codes.shape[2:])
+            if key not in steps.once:  # images of one size at one level of a denoiser
+                steps.once[key] = torch.ones_like(codes[:1, :1])
+            products = products - conv2d(steps.once[key], sums, None, *slide) * (zero * scale)
         return planes.total(products, 1) + bias.reshape(-1, 1, 1)
 
     def linear(
@@ -104,7 +107,7 @@ class OpenVinoDialect:
         return total if bias is None else total + bias
 
     def product(self, left: Codes, right: Codes, scale: float) -> Tensor:
-        """Not written."""
+        """Not written: OpenVINO joins an attention to one snippet, and has too few registers for some that quantize so."""
         raise NotImplementedError
 
 
@@ -119,7 +122,7 @@ def require() -> None:
 def write_openvino(denoiser: nn.Module, example: Example, path: Path, vnni: bool = False) -> None:
     """Export a quantized denoiser.
 
-    Args: path: of the `.xml` file; the weights go into a `.bin` beside it; vnni: see Traceable.
+    Args: path: of the `.xml` file; the weights go into a `.bin` beside it; vnni: see OpenVinoDialect.
     Raises: MissingExtraError; ModelError listing what cannot be exported.
     """
     require()
@@ -174,7 +177,7 @@ def load_openvino(folder: Path | str, precision: Precision = "f32") -> Diffusion
 def export_openvino(pipe: DiffusionPipeline, folder: Path | str, vnni: bool = False) -> None:
     """Write a quantized pipeline with its denoiser for OpenVINO.
 
-    Args: vnni: it will only run on processors with VNNI instructions; see Traceable.
+    Args: vnni: it will only run on processors with VNNI instructions; see OpenVinoDialect.
     Raises: MissingExtraError; ModelError listing what cannot be exported; UsageError if `folder` holds something else.
     """
     require()

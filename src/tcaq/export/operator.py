@@ -13,7 +13,7 @@ class _Operator(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, name: str, dtype: torch.dtype, attributes: dict[str, Any], like: Tensor, *inputs: Tensor
+        ctx: Any, name: str, dtype: torch.dtype, attributes: dict[str, Any], like: Tensor, *inputs: Tensor | None
     ) -> Tensor:
         return torch.zeros_like(like, dtype=dtype)
 
@@ -22,7 +22,9 @@ class _Operator(torch.autograd.Function):
         return g.op(name, *inputs, **{f"{key}_i": value for key, value in attributes.items()})
 
 
-def operator(name: str, dtype: torch.dtype, inputs: tuple[Tensor, ...], like: Tensor, **attributes: Any) -> Tensor:
+def operator(
+    name: str, dtype: torch.dtype, inputs: tuple[Tensor | None, ...], like: Tensor, **attributes: Any
+) -> Tensor:
     """Apply an operator of ONNX whose result has the shape of `like`."""
     result: Tensor = _Operator.apply(name, dtype, attributes, like, *inputs)  # type: ignore[no-untyped-call]
     return result

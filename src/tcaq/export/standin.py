@@ -32,19 +32,24 @@ class Dialect(Protocol):
     def rows(self, layer: QuantizedWeight, top: int) -> nn.Module:
         """What the format keeps of a layer's weight; top: the largest code that it meets."""
 
-    def quantize(self, x: Tensor, divisor: Tensor, zero: Tensor, top: int | Tensor, axis: int) -> Tensor:
-        """Codes of x: `round(x / divisor) + zero point`, clipped to 0 and `top`.
+    def quantize(
+        self, x: Tensor, divisor: Tensor, zero: Tensor, top: int | Tensor, axis: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Codes of x: `round(x / divisor) + zero point`, clipped to 0 and `top`; and their zero point, None if it is taken off.
 
         Args: divisor: float [1] or [channels along axis]; zero: [1]; top: a number, or float [1] where it depends on the step
             group.
         """
 
     def conv(
-        self, codes: Tensor, zero: Tensor, scale: Tensor, rows: nn.Module, layer: nn.Conv2d, bias: Tensor, steps: Steps
-    ) -> Tensor:
+        self, codes: Tensor, zero: Tensor | None, scale: Tensor, rows: nn.Module, layer: nn.Conv2d, bias: Tensor,
+        steps: Steps,
+    ) -> Tensor:  # fmt: skip
         """`Σ weight (code - zero point) * scale + bias` in float; scale [1], bias [out]; layer: for its geometry alone."""
 
-    def linear(self, codes: Tensor, zero: Tensor, scale: Tensor, rows: nn.Module, bias: Tensor | None = None) -> Tensor:
+    def linear(
+        self, codes: Tensor, zero: Tensor | None, scale: Tensor, rows: nn.Module, bias: Tensor | None = None
+    ) -> Tensor:
         """`Σ weight (code - zero point) * scale + bias` in float."""
 
     def product(self, left: Codes, right: Codes, scale: float) -> Tensor:
@@ -53,10 +58,10 @@ class Dialect(Protocol):
 
 @dataclass(frozen=True)
 class Codes:
-    """A quantized activation: its codes, and their zero point and scale, [1] each."""
+    """A quantized activation: its codes, their zero point (None: it is taken off) and scale, [1] each."""
 
     codes: Tensor
-    zero: Tensor
+    zero: Tensor | None
     scale: Tensor
 
 
