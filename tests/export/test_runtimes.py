@@ -18,12 +18,17 @@ from tcaq.export.example import Example
 from tcaq.export.folder import CARD
 from tcaq.export.interface import Input, Interface
 from tcaq.export.parity import parity
-from tcaq.export.standin import Steps
+from tcaq.export.product import ProductStandIn
+from tcaq.export.standin import Dialect, Steps
 from tcaq.export.traceable import stand_in
+from tcaq.layers.product import QuantizedProduct
 from tcaq.models.sampler import sample
 from tcaq.processor import has_vnni
+from tcaq.quantizers.clock import StepClock
 from tcaq.recipes.quantize import quantize
-from tcaq.spec.grid import AffineGrid
+from tcaq.spec.grid import AffineGrid, UnitGrid
+from tcaq.spec.plan import LayerGrids
+from tcaq.spec.steps import StepGroups
 from tests.integer.test_layers import bound, quantized, spread_widths
 from tests.recipes.test_related import small
 
@@ -55,10 +60,10 @@ def folder(form, pipe, tmp_path_factory) -> Path:
 class OneLayer(nn.Module):
     """A layer as a model of its own, at a timestep."""
 
-    def __init__(self, layer: nn.Module, dialect: object, vnni: bool) -> None:
+    def __init__(self, layer: nn.Module, dialect: Dialect) -> None:
         super().__init__()
         self.steps = (Steps(layer.input_quantizer.clock.boundaries),)
-        self.layer = stand_in(layer, dialect, self.steps[0], vnni)
+        self.layer = stand_in(layer, dialect, self.steps[0])
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
         self.steps[0].set(timestep)
@@ -68,12 +73,12 @@ class OneLayer(nn.Module):
 def run_layer(form: str, layer: nn.Module, x: Tensor, path: Path, vnni: bool):
     """Predictions of a layer in the other runtime, as a function of the timestep."""
     module = onnx if form == "onnx" else openvino
-    dialect = onnx.OnnxDialect(vnni) if form == "onnx" else openvino.OpenVinoDialect()
+    dialect = onnx.OnnxDialect(vnni) if form == "onnx" else openvino.OpenVinoDialect(vnni)
     free = {0: "batch"} | ({2: "height", 3: "width"} if x.dim() == 4 else {})
     interface = Interface(("sample", "timestep"), (Input("sample", "float32", free), Input("timestep", "float32", {})))
-    module.write_traced(OneLayer(layer, dialect, vnni).eval(), Example(interface, (x, torch.zeros(1))), path)
+    module.write_traced(OneLayer(layer, dialect).eval(), Example(interface, (x, torch.zeros(1))), path)
     predict = module.open_onnx(path) if form == "onnx" else module.open_openvino(path)
-    return lambda time: torch.from_numpy(predict(x.numpy(), np.array([time], dtype=np.float32)))
+    return lambda time, x=x: torch.from_numpy(predict(x.numpy(), np.array([time], dtype=np.float32)))
 
 
 MIXED = AffineGrid(bits=3, wider=(8,))
@@ -98,6 +103,59 @@ def test_each_kind_of_layer_equals_its_fake_one(form, plain, weight, inputs, vnn
         with torch.no_grad():
             off = (found(time) - layer(x)).abs() > bound(layer, x) * 10
         assert off.double().mean() < 0.02  # where a quotient lies on the edge between two codes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("geometry", [{"padding": 1}, {"stride": 2}, {"padding": (2, 0), "dilation": 2}], ids=str)
+def test_windows_in_parts_are_those_of_the_whole(geometry, tmp_path, monkeypatch) -> None:
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    layer = quantized(nn.Conv2d(6, 8, 3, **geometry), AffineGrid(bits=4), AffineGrid(bits=4))
+    whole = run_layer("onnx", layer, torch.randn(3, 6, 9, 10), tmp_path / "whole.onnx", False)
+    monkeypatch.setattr("tcaq.export.windows.PART", 500)
+    parts = run_layer("onnx", layer, torch.randn(3, 6, 9, 10), tmp_path / "parts.onnx", False)
+    assert len((tmp_path / "parts.onnx").read_bytes()) > len((tmp_path / "whole.onnx").read_bytes())
+    for batch, height, width in ((3, 9, 10), (1, 14, 7)):
+        x = torch.randn(batch, 6, height, width)
+        for time in (10.0, 900.0):
+            assert torch.equal(whole(time, x), parts(time, x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("vnni", [False, True])
+@pytest.mark.parametrize(
+    "left", [AffineGrid(bits=8), UnitGrid(bits=8), UnitGrid(bits=4)], ids=["scores", "mix", "mix-4"]
+)
+def test_products_of_codes_equal_their_fake_ones(left, vnni, tmp_path) -> None:
+    pytest.importorskip("onnxruntime")
+    if vnni and not has_vnni():
+        pytest.skip("this processor has no VNNI instructions, without which sums are clipped")
+    torch.manual_seed(0)
+    clock = StepClock(StepGroups(boundaries=(500.0,)))
+    product = QuantizedProduct(LayerGrids(name="product", kind="mix", inputs=(left, AffineGrid(bits=8))), clock)
+    p, v = torch.rand(2, 3, 9, 11), torch.randn(2, 3, 11, 5)
+    product.right_quantizer.set_rows(torch.tensor([0.02, 0.03]), torch.tensor([120.0, 97.0]))
+    if isinstance(left, AffineGrid):
+        product.left_quantizer.set_rows(torch.tensor([0.005, 0.004]), torch.tensor([3.0, 70.0]))
+    steps = Steps(clock.boundaries)
+
+    class OneProduct(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.product = ProductStandIn(product, onnx.OnnxDialect(vnni), steps)
+
+        def forward(self, sample: Tensor, timestep: Tensor, other: Tensor) -> Tensor:
+            steps.set(timestep)
+            return self.product(sample, other, scale=0.5)
+
+    given = [Input(name, "float32", {}) for name in ("sample", "timestep", "other")]
+    example = Example(Interface(("sample", "timestep", "other"), tuple(given)), (p, torch.zeros(1), v))
+    onnx.write_traced(OneProduct().eval(), example, tmp_path / "product.onnx")
+    predict = onnx.open_onnx(tmp_path / "product.onnx")
+    for time in (10.0, 900.0):
+        clock.set(time)
+        found = torch.from_numpy(predict(p.numpy(), np.array([time], dtype=np.float32), v.numpy()))
+        torch.testing.assert_close(found, product(p, v, scale=0.5), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

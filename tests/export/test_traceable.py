@@ -8,7 +8,8 @@ from torch import nn
 
 from tcaq.errors import ModelError
 from tcaq.export.openvino import OpenVinoDialect
-from tcaq.export.standin import ProbabilityStandIn, Steps, probability_stand_in
+from tcaq.export.probability import ProbabilityStandIn, probability_stand_in
+from tcaq.export.standin import Steps
 from tcaq.export.traceable import Traceable, stand_in
 from tcaq.models.bypass import attach_bypass
 from tcaq.models.correction import attach_correction
@@ -39,14 +40,14 @@ def test_a_layer_equals_its_fake_one(plain: nn.Module, bits: tuple[int, int], vn
     layer = quantized(plain, AffineGrid(bits=bits[0]), AffineGrid(bits=bits[1]))
     x = torch.randn(3, 6, 9, 10) if isinstance(plain, nn.Conv2d) else torch.randn(3, 5, 6)
     steps = Steps(layer.input_quantizer.clock.boundaries)
-    traced = stand_in(layer, OpenVinoDialect(), steps, vnni)
+    traced = stand_in(layer, OpenVinoDialect(vnni), steps)
     for time in (10.0, 500.0, 900.0):
         layer.input_quantizer.clock.set(time)
         steps.set(torch.tensor([time]))
         assert (
             (traced(x) - layer(x)).abs() <= bound(layer, x) * 10
         ).all()  # the zero point's share cancels in float, not before
-    largest = 2 * (2 ** bits[1] - 1) * int(traced.weight.abs().max())
+    largest = 2 * (2 ** bits[1] - 1) * int(traced.rows.weight.abs().max())
     assert vnni or largest < 2**15  # what processors without VNNI add exactly
 
 

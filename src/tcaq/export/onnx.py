@@ -1,8 +1,7 @@
-"""ONNX: a denoiser with integer convolutions and matrix products, whose scales are looked up by timestep inside the graph.
+"""ONNX: a denoiser with products of integers, whose scales are looked up by timestep inside the graph.
 
-The graph multiplies codes with `ConvInteger` and `MatMulInteger`, whose sums are exact, and scales them in float. The usual
-pairs of QuantizeLinear and DequantizeLinear around a float Conv become integer arithmetic in ONNX Runtime only where the
-convolution's output is quantized, too, which ours is not.
+Convolutions are products of their windows. The usual pairs of QuantizeLinear and DequantizeLinear around a float Conv become
+integer arithmetic in ONNX Runtime only where the convolution's output is quantized, too, which ours is not.
 """
 
 from __future__ import annotations
@@ -16,95 +15,84 @@ import torch
 from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import conv2d
 
 from tcaq.errors import CheckpointError, MissingExtraError
+from tcaq.export.columns import MIDDLE, Columns
 from tcaq.export.example import Example
 from tcaq.export.folder import read_folder, write_folder
+from tcaq.export.operator import operator
+from tcaq.export.parts import joined_group_norms
 from tcaq.export.runtime import Predict
+from tcaq.export.standin import Codes, Steps
 from tcaq.export.traceable import Traceable
+from tcaq.export.windows import windows
+from tcaq.layers.weighted import QuantizedWeight
 
 EXTRA, FORMAT, FILE = "onnx", "onnx", "model.onnx"
 OPSET = 18
-MIDDLE = 128
+DOMAIN = "com.microsoft"
+PRODUCT = f"{DOMAIN}::MatMulIntegerToFloat"
+"""ONNX Runtime's own, of codes, weights, their scales and zero points, and a bias."""
 
 
 class OnnxDialect:
-    """Integer operators of ONNX.
+    """Integer operators of ONNX, which take zero points."""
 
-    Convolutions keep unsigned weights: where inputs are unsigned, too, ONNX Runtime multiplies them exactly on every processor.
-    Signed inputs take half the time of those, but without VNNI their sums are clipped; signed weights have no vector code.
-    """
-
-    conv_clips, linear_clips = False, True
+    multiplies = True
 
     def __init__(self, vnni: bool = False) -> None:
         """Args: vnni: the graph will only run on processors with VNNI instructions."""
-        self.conv_offset = MIDDLE if vnni else 0
+        self.vnni = vnni
 
-    def conv_weight(self, weight: Tensor) -> Tensor:
-        """Unsigned, with a zero point of 128."""
-        return (weight.to(torch.int16) + MIDDLE).to(torch.uint8)
+    def prepare(self, denoiser: nn.Module) -> None:
+        """Group norms in fewer passes."""
+        joined_group_norms(denoiser)
+
+    def zeros(self, zero_point: Tensor, second: bool = False) -> Tensor:
+        """Bytes; those of a right operand are signed where products of such are exact, which ONNX Runtime has faster code for."""
+        return (zero_point - MIDDLE).to(torch.int8) if second and self.vnni else zero_point.to(torch.uint8)
+
+    def rows(self, layer: QuantizedWeight, top: int) -> Columns:
+        """A byte a code."""
+        return Columns(layer, top, self.vnni)
 
     def quantize(
-        self, x: Tensor, divisor: Tensor, zero_point: Tensor, top: int | Tensor, axis: int, offset: int = 0
-    ) -> Tensor:
+        self, x: Tensor, divisor: Tensor, zero: Tensor, top: int | Tensor, axis: int
+    ) -> tuple[Tensor, Tensor | None]:
         """One QuantizeLinear; it takes a divisor for each channel, but is fast only where channels come first."""
         if len(divisor) > 1 and axis != 1:
             x, divisor = x / divisor, torch.ones(1)
-        kind = torch.int8 if offset else torch.uint8
-        zero = (zero_point - offset).to(kind)
-        operands = (divisor, zero.expand(len(divisor))) if len(divisor) > 1 else (divisor.reshape(()), zero.reshape(()))
-        codes = operator("QuantizeLinear", kind, (x, *operands), x, axis=axis)
-        if isinstance(top, Tensor):
-            limits = (torch.tensor(-offset, dtype=kind), _scalar(top - offset, kind))
-            return operator("Clip", kind, (codes, *limits), codes)
-        return codes if top == 255 else codes.clamp(max=top - offset)
+        kind, low = zero.dtype, -MIDDLE if zero.dtype is torch.int8 else 0
+        codes = operator("QuantizeLinear", kind, (x, divisor, zero.expand(len(divisor))), x, axis=axis)
+        if not isinstance(top, Tensor) and top == 255:
+            return codes, zero
+        limits = torch.tensor(low, dtype=kind), (torch.as_tensor(top) + low).to(kind).reshape(())
+        return operator("Clip", kind, (codes, *limits), codes), zero
 
     def conv(
-        self, codes: Tensor, zero_point: Tensor, scale: Tensor, weight: Tensor, gain: Tensor, layer: nn.Conv2d
+        self, codes: Tensor, zero: Tensor | None, scale: Tensor, rows: nn.Module, layer: nn.Conv2d, bias: Tensor,
+        steps: Steps,
+    ) -> Tensor:  # fmt: skip
+        """A product with the windows."""
+        seen = windows(codes, cast(Tensor, zero), layer, steps)
+        products = [self.linear(part, zero, scale, rows, bias) for part in seen.rows]
+        return seen.images(products[0] if len(products) == 1 else torch.cat(products, 1))
+
+    def linear(
+        self, codes: Tensor, zero: Tensor | None, scale: Tensor, rows: nn.Module, bias: Tensor | None = None
     ) -> Tensor:
-        """One ConvInteger."""
-        stride, pads, dilation = list(layer.stride), [int(p) for p in layer.padding], list(layer.dilation)
-        like = conv2d(
-            codes.float(), weight.float(), None, layer.stride, cast("tuple[int, int]", layer.padding), layer.dilation
+        """One operator."""
+        columns, more = cast(Columns, rows), () if bias is None else (bias,)
+        like = codes.new_zeros(*codes.shape[:-1], columns.weight.shape[1])
+        return operator(
+            PRODUCT, torch.float32, (codes, columns.weight, scale, columns.gain, zero, columns.zero, *more), like
         )
-        operands = codes, weight, _scalar(zero_point, codes.dtype), torch.tensor(MIDDLE, dtype=torch.uint8)
-        sums = operator(
-            "ConvInteger", torch.int32, operands, like, kernel_shape=list(weight.shape[2:]), strides=stride, pads=pads * 2,
-            dilations=dilation, group=layer.groups,
-        )  # fmt: skip
-        return sums.float() * (gain * scale).reshape(-1, 1, 1)
 
-    def linear(self, codes: Tensor, zero_point: Tensor, scale: Tensor, weight: Tensor, gain: Tensor) -> Tensor:
-        """One MatMulInteger."""
-        operands = (codes, weight.t(), _scalar(zero_point, codes.dtype))
-        like = codes.new_zeros(*codes.shape[:-1], len(weight))
-        return operator("MatMulInteger", torch.int32, operands, like).float() * (gain * scale)
-
-
-def _scalar(code: Tensor, kind: torch.dtype) -> Tensor:
-    return code.to(kind).reshape(())
-
-
-class _Operator(torch.autograd.Function):
-    """An operator of ONNX inside a traced function; in the trace itself it only has a shape."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, name: str, dtype: torch.dtype, attributes: dict[str, Any], like: Tensor, *inputs: Tensor
-    ) -> Tensor:
-        return torch.zeros_like(like, dtype=dtype)
-
-    @staticmethod
-    def symbolic(g: Any, name: str, dtype: torch.dtype, attributes: dict[str, Any], like: Any, *inputs: Any) -> Any:
-        return g.op(name, *inputs, **{f"{key}_i": value for key, value in attributes.items()})
-
-
-def operator(name: str, dtype: torch.dtype, inputs: tuple[Tensor, ...], like: Tensor, **attributes: Any) -> Tensor:
-    """Apply an operator of ONNX whose result has the shape of `like`."""
-    result: Tensor = _Operator.apply(name, dtype, attributes, like, *inputs)  # type: ignore[no-untyped-call]
-    return result
+    def product(self, left: Codes, right: Codes, scale: float) -> Tensor:
+        """One operator."""
+        like = torch.matmul(left.codes.float(), right.codes.float())
+        operands = left.codes, right.codes, left.scale * scale, right.scale, left.zero, right.zero
+        return operator(PRODUCT, torch.float32, operands, like)
 
 
 def require() -> None:
@@ -122,11 +110,11 @@ def write_onnx(denoiser: nn.Module, example: Example, path: Path, vnni: bool = F
     The model is traced, not exported by way of `torch.export`: that takes over a minute of symbolic shapes for a model that is
     traced in three seconds, and what is traced here was made for it: no value decides the way.
 
-    Args: path: of the `.onnx` file; vnni: see Traceable.
+    Args: path: of the `.onnx` file; vnni: see OnnxDialect.
     Raises: MissingExtraError; ModelError listing what cannot be exported.
     """
     require()
-    write_traced(Traceable(denoiser, OnnxDialect(vnni), example.interface, vnni).eval(), example, path)
+    write_traced(Traceable(denoiser, OnnxDialect(vnni), example.interface).eval(), example, path)
 
 
 def write_traced(traced: nn.Module, example: Example, path: Path) -> None:
@@ -135,7 +123,7 @@ def write_traced(traced: nn.Module, example: Example, path: Path) -> None:
         warnings.simplefilter("ignore")  # of the tracer: sizes that the model compares with its own configuration
         torch.onnx.export(
             traced, example.values, path, dynamo=False, opset_version=OPSET, input_names=example.interface.names,
-            output_names=["prediction"], dynamic_axes=example.interface.free,
+            output_names=["prediction"], dynamic_axes=example.interface.free, custom_opsets={DOMAIN: 1},
         )  # fmt: skip
 
 
@@ -172,7 +160,7 @@ def load_onnx(folder: Path | str) -> DiffusionPipeline:
 def export_onnx(pipe: DiffusionPipeline, folder: Path | str, vnni: bool = False) -> None:
     """Write a quantized pipeline with its denoiser as ONNX.
 
-    Args: vnni: it will only run on processors with VNNI instructions; see Traceable.
+    Args: vnni: it will only run on processors with VNNI instructions; see OnnxDialect.
     Raises: MissingExtraError; ModelError listing what cannot be exported; UsageError if `folder` holds something else.
     """
     require()

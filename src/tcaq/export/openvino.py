@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -23,8 +23,12 @@ from torch.nn.functional import conv2d, linear
 from tcaq.errors import CheckpointError, MissingExtraError
 from tcaq.export.example import Example
 from tcaq.export.folder import read_folder, write_folder
+from tcaq.export.planes import Planes, most_exact
 from tcaq.export.runtime import Predict
+from tcaq.export.standin import Codes, Steps
 from tcaq.export.traceable import Traceable
+from tcaq.layers.weighted import QuantizedWeight
+from tcaq.numerics.integers import BYTE
 
 EXTRA, FORMAT, FILE = "openvino", "openvino", "model.xml"
 Precision = Literal["f32", "bf16"]
@@ -33,41 +37,78 @@ Precision = Literal["f32", "bf16"]
 class OpenVinoDialect:
     """Float arithmetic on whole numbers, in the patterns that OpenVINO computes in integers."""
 
-    conv_clips, linear_clips, conv_offset = True, True, 0
+    multiplies = False
 
-    def conv_weight(self, weight: Tensor) -> Tensor:
-        """Signed, as it is."""
-        return weight
+    def __init__(self, vnni: bool = False) -> None:
+        """Args: vnni: the graph will only run on processors with VNNI instructions.
+
+        Others add pairs of products in 16 bits and clip the sums, so weights of 7 or 8 bits that meet inputs of 8 bits are written
+        in another form for them: exact everywhere, but slower.
+        """
+        self.vnni = vnni
+
+    def prepare(self, denoiser: nn.Module) -> None:
+        """Nothing: OpenVINO joins what can be joined."""
+
+    def zeros(self, zero_point: Tensor, second: bool = False) -> Tensor:
+        """Whole numbers in float."""
+        return zero_point
+
+    def rows(self, layer: QuantizedWeight, top: int) -> Planes:
+        """Signed bytes."""
+        return Planes(layer, -BYTE[0] if self.vnni else most_exact(top))
 
     def quantize(
-        self, x: Tensor, divisor: Tensor, zero_point: Tensor, top: int | Tensor, axis: int, offset: int = 0
-    ) -> Tensor:
-        """Codes as whole numbers in float."""
+        self, x: Tensor, divisor: Tensor, zero: Tensor, top: int | Tensor, axis: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Codes as whole numbers in float, the zero point taken off where a signed byte holds what is left."""
         shape = [1] * x.dim()
         shape[axis] = -1
-        units = x / divisor.reshape(shape) + zero_point
+        units = x / divisor.reshape(shape)
+        # a whole number clips before rounding as it does afterwards, and nothing comes between quantization and convolution
+        if not isinstance(top, Tensor) and top <= BYTE[1]:
+            units = torch.minimum(torch.maximum(units, -zero), top - zero)
+            return torch.fake_quantize_per_tensor_affine(units, 1.0, 0, *BYTE), None
+        units = units + zero
         if isinstance(top, Tensor):
-            # a whole number clips before rounding as it does afterwards, and nothing comes between quantization and convolution
             units, top = torch.minimum(units, top), 255
-        return torch.fake_quantize_per_tensor_affine(units, 1.0, 0, 0, top)
+        return torch.fake_quantize_per_tensor_affine(units, 1.0, 0, 0, top), zero
 
     def conv(
-        self, codes: Tensor, zero_point: Tensor, scale: Tensor, weight: Tensor, gain: Tensor, layer: nn.Conv2d
-    ) -> Tensor:
+        self, codes: Tensor, zero: Tensor | None, scale: Tensor, rows: nn.Module, layer: nn.Conv2d, bias: Tensor,
+        steps: Steps,
+    ) -> Tensor:  # fmt: skip
         """A float convolution with a dequantized weight.
 
         Scaled before the zero point's share is taken off: OpenVINO would join a subtraction to a bare convolution, which then
         takes a third longer, and scaling passes over the products anyway.
         """
+        planes = cast(Planes, rows)
         slide: Any = (layer.stride, layer.padding, layer.dilation)
-        sums = weight.sum(1, keepdim=True, dtype=torch.float32) * gain.reshape(-1, 1, 1, 1)
-        ends = conv2d(torch.ones_like(codes[:1, :1]), sums, None, *slide) * (zero_point * scale)
-        return conv2d(codes, weight.float() * gain.reshape(-1, 1, 1, 1), None, *slide) * scale - ends
+        gain = planes.gain.reshape(-1, 1, 1, 1)
+        products = conv2d(codes, planes.weight.float() * gain, None, *slide) * scale
+        if zero is not None:
+            sums = planes.weight.sum(1, keepdim=True, dtype=torch.float32) * gain
+            key = tuple(int(side) for side in codes.shape[2:])
+            if key not in steps.once:  # images of one size at one level of a denoiser
+                steps.once[key] = torch.ones_like(codes[:1, :1])
+            products = products - conv2d(steps.once[key], sums, None, *slide) * (zero * scale)
+        return planes.total(products, 1) + bias.reshape(-1, 1, 1)
 
-    def linear(self, codes: Tensor, zero_point: Tensor, scale: Tensor, weight: Tensor, gain: Tensor) -> Tensor:
+    def linear(
+        self, codes: Tensor, zero: Tensor | None, scale: Tensor, rows: nn.Module, bias: Tensor | None = None
+    ) -> Tensor:
         """A float product with a dequantized weight."""
-        sums = weight.sum(1, dtype=torch.float32) * gain
-        return linear(codes, weight.float() * gain.reshape(-1, 1)) * scale - sums * (zero_point * scale)
+        planes = cast(Planes, rows)
+        products = linear(codes, planes.weight.float() * planes.gain.reshape(-1, 1)) * scale
+        if zero is not None:
+            products = products - planes.weight.sum(1, dtype=torch.float32) * planes.gain * (zero * scale)
+        total = planes.total(products, codes.dim() - 1)
+        return total if bias is None else total + bias
+
+    def product(self, left: Codes, right: Codes, scale: float) -> Tensor:
+        """Not written: OpenVINO joins an attention to one snippet, and has too few registers for some that quantize so."""
+        raise NotImplementedError
 
 
 def require() -> None:
@@ -81,11 +122,11 @@ def require() -> None:
 def write_openvino(denoiser: nn.Module, example: Example, path: Path, vnni: bool = False) -> None:
     """Export a quantized denoiser.
 
-    Args: path: of the `.xml` file; the weights go into a `.bin` beside it; vnni: see Traceable.
+    Args: path: of the `.xml` file; the weights go into a `.bin` beside it; vnni: see OpenVinoDialect.
     Raises: MissingExtraError; ModelError listing what cannot be exported.
     """
     require()
-    write_traced(Traceable(denoiser, OpenVinoDialect(), example.interface, vnni).eval(), example, path)
+    write_traced(Traceable(denoiser, OpenVinoDialect(vnni), example.interface).eval(), example, path)
 
 
 def write_traced(traced: nn.Module, example: Example, path: Path) -> None:
@@ -136,7 +177,7 @@ def load_openvino(folder: Path | str, precision: Precision = "f32") -> Diffusion
 def export_openvino(pipe: DiffusionPipeline, folder: Path | str, vnni: bool = False) -> None:
     """Write a quantized pipeline with its denoiser for OpenVINO.
 
-    Args: vnni: it will only run on processors with VNNI instructions; see Traceable.
+    Args: vnni: it will only run on processors with VNNI instructions; see OpenVinoDialect.
     Raises: MissingExtraError; ModelError listing what cannot be exported; UsageError if `folder` holds something else.
     """
     require()

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import batch_norm, group_norm, interpolate
 
 from tcaq.layers.insert import replace
 
@@ -51,6 +51,29 @@ class RootMeanSquareNorm(nn.Module):
         """`x`, float [..., features], over the root of its mean square."""
         normed = x * torch.rsqrt(x.square().mean(self.axes, keepdim=True) + self.eps)
         return normed if self.weight is None else normed * self.weight
+
+
+class GroupNorm(nn.Module):
+    """torch's `GroupNorm`, whose weight and bias are one operator: ONNX Runtime passes over a tensor for each of two."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.groups, self.eps = norm.num_groups, norm.eps
+        self.weight, self.bias = norm.weight, norm.bias
+        self.register_buffer("mean", torch.zeros_like(norm.weight))
+        self.register_buffer("variance", torch.ones_like(norm.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x`, float [batch, channels, ...], each group of channels with mean 0 and variance 1, then scaled and shifted."""
+        normed = group_norm(x, self.groups, eps=self.eps)
+        return batch_norm(normed, cast(Tensor, self.mean), cast(Tensor, self.variance), self.weight, self.bias, eps=0.0)
+
+
+def joined_group_norms(denoiser: nn.Module) -> None:
+    """Give a denoiser's group norms that form, in place."""
+    for name, module in list(denoiser.named_modules()):
+        if type(module) is nn.GroupNorm and module.affine:
+            replace(denoiser, name, GroupNorm(module))
 
 
 def plain_norms(denoiser: nn.Module) -> None:

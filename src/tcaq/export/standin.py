@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from typing import Protocol, cast
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,230 +13,163 @@ from tcaq.layers.conv import QuantizedConv2d
 from tcaq.layers.linear import QuantizedLinear
 from tcaq.layers.modes import Moded
 from tcaq.layers.weighted import QuantizedWeight
-from tcaq.numerics.affine import fake_quantize
-from tcaq.numerics.integers import SignedCodes, signed_codes
 from tcaq.quantizers.affine import AffineQuantizer
-from tcaq.quantizers.mixed import MixedProbabilityQuantizer, MixedQuantizer
-from tcaq.quantizers.probability import ProbabilityQuantizer
+from tcaq.quantizers.mixed import MixedQuantizer
 
 
 class Dialect(Protocol):
-    """How a target format writes integer arithmetic.
+    """How a target format writes integer arithmetic. Whatever it says of a zero point is in its own type, see `zeros`."""
 
-    Attributes: conv_clips, linear_clips: whether its runtime clips sums of two products to 16 bits on processors without VNNI;
-        conv_offset: what a convolution's codes are moved down by, 0 or 128, to be signed.
-    """
+    multiplies: bool
+    """Whether products of two activations are written in integers, too."""
 
-    conv_clips: bool
-    linear_clips: bool
-    conv_offset: int
+    def prepare(self, denoiser: nn.Module) -> None:
+        """Bring a denoiser's other parts into the form that suits the format, in place."""
 
-    def conv_weight(self, weight: Tensor) -> Tensor:
-        """A convolution's weight, int8 [out, in, kh, kw], as the format keeps it."""
+    def zeros(self, zero_point: Tensor, second: bool = False) -> Tensor:
+        """Zero points of unsigned codes, float [...], as the format keeps them; second: of the right operand of a product."""
+
+    def rows(self, layer: QuantizedWeight, top: int) -> nn.Module:
+        """What the format keeps of a layer's weight; top: the largest code that it meets."""
 
     def quantize(
-        self, x: Tensor, divisor: Tensor, zero_point: Tensor, top: int | Tensor, axis: int, offset: int = 0
-    ) -> Tensor:
-        """Codes of x: `round(x / divisor) + zero_point`, clipped to 0 and `top`, minus `offset`.
+        self, x: Tensor, divisor: Tensor, zero: Tensor, top: int | Tensor, axis: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Codes of x: `round(x / divisor) + zero point`, clipped to 0 and `top`; and their zero point, None if it is taken off.
 
-        Args: divisor: float [1] or [channels along axis]; zero_point: float [1]; top: a number, or float [1] where it depends on
-            the step group; offset: 0 or the dialect's `conv_offset`.
+        Args: divisor: float [1] or [channels along axis]; zero: [1]; top: a number, or float [1] where it depends on the step
+            group.
         """
 
     def conv(
-        self, codes: Tensor, zero_point: Tensor, scale: Tensor, weight: Tensor, gain: Tensor, layer: nn.Conv2d
-    ) -> Tensor:
-        """`Σ weight (code - zero_point) * gain * scale` in float; weight as kept, gain [out], scale [1]."""
+        self, codes: Tensor, zero: Tensor | None, scale: Tensor, rows: nn.Module, layer: nn.Conv2d, bias: Tensor,
+        steps: Steps,
+    ) -> Tensor:  # fmt: skip
+        """`Σ weight (code - zero point) * scale + bias` in float; scale [1], bias [out]; layer: for its geometry alone."""
 
-    def linear(self, codes: Tensor, zero_point: Tensor, scale: Tensor, weight: Tensor, gain: Tensor) -> Tensor:
-        """`Σ weight (code - zero_point) * gain * scale` in float; weight [out, in], gain [out], scale [1]."""
+    def linear(
+        self, codes: Tensor, zero: Tensor | None, scale: Tensor, rows: nn.Module, bias: Tensor | None = None
+    ) -> Tensor:
+        """`Σ weight (code - zero point) * scale + bias` in float."""
+
+    def product(self, left: Codes, right: Codes, scale: float) -> Tensor:
+        """Products of two activations' rows and columns, times `scale`, in float."""
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A quantized activation: its codes, their zero point (None: it is taken off) and scale, [1] each."""
+
+    codes: Tensor
+    zero: Tensor | None
+    scale: Tensor
 
 
 class Steps:
     """Stands in for the clock: one step group for the whole batch, a part of the traced graph.
 
-    Attributes: group: int64 [1].
+    Attributes: group: int64 [1]; once: what layers share in one run of the graph, by a key of theirs.
     """
 
     def __init__(self, boundaries: Tensor) -> None:
         self.boundaries, self.count = boundaries, len(boundaries) + 1
         self.group = torch.zeros(1, dtype=torch.int64)
+        self.once: dict[Hashable, Any] = {}
 
     def set(self, timestep: Tensor) -> None:
-        """Write the group of a timestep, float [1]: how many boundaries are not above it."""
-        self.group = (timestep >= self.boundaries).sum().reshape(1)
+        """Write the group of a timestep, float [1]: how many boundaries are not above it. A run begins with it."""
+        self.group, self.once = (timestep >= self.boundaries).sum().reshape(1), {}
 
     def row(self, table: Tensor, dims: int) -> Tensor:
         """The row of a table [groups], shaped [1, 1, ...] with `dims` dimensions."""
         rows = table if self.count == 1 else table[self.group]
-        return rows.reshape(-1, *[1] * (dims - 1))
+        return rows if dims == 1 else rows.reshape(-1, *[1] * (dims - 1))
+
+
+class Grid(nn.Module):
+    """An activation's grid for each step group.
+
+    Attributes: scale: float32 [groups]; zero: [groups], as the format keeps it; tops: None, or float32 [groups], the largest code
+        where it depends on the step group.
+    """
+
+    scale: Tensor
+    zero: Tensor
+    tops: Tensor | None
+
+    def __init__(
+        self, scale: Tensor, zero_point: Tensor, top: int | Tensor, dialect: Dialect, steps: Steps, second: bool = False
+    ) -> None:
+        """Args: zero_point: float [groups], of unsigned codes; top: float [groups] where it depends on the step group; second: of
+        the right operand of a product."""
+        super().__init__()
+        self.dialect, self.steps = dialect, (steps,)
+        self.top = None if isinstance(top, Tensor) else top
+        self.register_buffer("scale", scale.clone())
+        self.register_buffer("zero", dialect.zeros(zero_point, second))
+        self.register_buffer("tops", top if isinstance(top, Tensor) else None)
+
+    @classmethod
+    def of(cls, quantizer: AffineQuantizer, dialect: Dialect, steps: Steps, second: bool = False) -> Self:
+        """That of a quantizer."""
+        zero_point = (quantizer.zero_point - quantizer.limits[0]).float()
+        top = quantizer.top.float() if isinstance(quantizer, MixedQuantizer) else quantizer.high - quantizer.low
+        return cls(quantizer.scale, zero_point, top, dialect, steps, second)
+
+    def forward(self, x: Tensor, axis: int, equalizer: Tensor | None = None) -> Codes:
+        """The codes of x; equalizer: float [1] or [channels along axis], multiplies the scale."""
+        scale, zero = (self.steps[0].row(table, 1) for table in (self.scale, self.zero))
+        top = cast(int, self.top) if self.tops is None else self.steps[0].row(self.tops, 1)
+        divisor = scale if equalizer is None else scale * equalizer
+        return Codes(*self.dialect.quantize(x, divisor, zero, top, axis), scale)
 
 
 class StandIn(Moded, nn.Module):
     """What all kinds of layer share.
 
-    Attributes: equalizer: float32 [in] or [1] if it is 1 everywhere; weight:
-        int8 [rows, ...], a row for each plane of each output channel, then one of ones if some need the sum of their inputs;
-        gain: float32 [rows], what a row's sums are worth; rest: None, or float32 [out], what the sum of the inputs is worth;
-        bias: float32 [out].
+    Attributes: equalizer: None if it is 1 everywhere, or float32 [in]; rows: the weight in the dialect's form; bias: float32 [out].
     """
 
-    equalizer: Tensor
-    weight: Tensor
-    gain: Tensor
-    rest: Tensor | None
+    equalizer: Tensor | None
     bias: Tensor
 
-    def __init__(self, layer: QuantizedWeight, dialect: Dialect, steps: Steps, clips: bool) -> None:
+    def __init__(self, layer: QuantizedWeight, dialect: Dialect) -> None:
         super().__init__()
-        quantizer = layer.input_quantizer
-        bias, r = layer.quantized_bias(), layer.equalizer
-        scale, self.top = layer.weight_quantizer.scale, quantizer.high - quantizer.low
-        form = _form(layer, 2**15 // (2 * self.top + 1) if clips else 255)
-        summing = [torch.ones_like(form.planes[0][:1])] if form.has_rest else []
-        self.out, self.planes = len(scale), len(form.planes)
-        self.dialect, self.steps = dialect, (steps,)
-        self.register_buffer("equalizer", r[:1].clone() if bool((r == 1).all()) else r.clone())
-        self.register_buffer("weight", torch.cat([*form.planes, *summing]))
+        quantizer, bias, r = layer.input_quantizer, layer.quantized_bias(), layer.equalizer
+        self.dialect, self.top = dialect, quantizer.high - quantizer.low
+        self.rows = dialect.rows(layer, self.top)
+        self.register_buffer("equalizer", None if bool((r == 1).all()) else r.clone())
         self.register_buffer(
-            "gain", torch.cat([*(factor * scale for factor in form.factors), scale.new_ones(len(summing))])
+            "bias", torch.zeros_like(layer.weight_quantizer.scale) if bias is None else bias.detach().float()
         )
-        self.register_buffer("rest", form.rest * scale if form.has_rest else None)
-        self.register_buffer("bias", torch.zeros_like(scale) if bias is None else bias.detach().float())
-
-    def _total(self, products: Tensor, axis: int) -> Tensor:
-        """Add up the planes, and what `rest` makes of the summing channel."""
-        shape = [1] * products.dim()
-        shape[axis] = -1
-        total = products.narrow(axis, 0, self.out) if len(self.weight) > self.out else products
-        for plane in range(1, self.planes):
-            total = total + products.narrow(axis, plane * self.out, self.out)
-        if self.rest is not None:
-            total = total + products.narrow(axis, self.planes * self.out, 1) * self.rest.reshape(shape)
-        return total
 
 
-class SteppedStandIn(StandIn):
-    """A layer whose input has a grid for each step group.
-
-    Attributes: scale, zero_point: float32 [groups]; tops: None, or float32 [groups], the largest code where it depends on the step
-        group.
-    """
-
-    scale: Tensor
-    zero_point: Tensor
-    tops: Tensor | None
-
-    def __init__(self, layer: QuantizedWeight, dialect: Dialect, steps: Steps, clips: bool) -> None:
-        super().__init__(layer, dialect, steps, clips)
-        quantizer = cast(AffineQuantizer, layer.input_quantizer)
-        self.register_buffer("scale", quantizer.scale.clone())
-        self.register_buffer("zero_point", (quantizer.zero_point - quantizer.limits[0]).float())
-        self.register_buffer("tops", quantizer.top.float() if isinstance(quantizer, MixedQuantizer) else None)
-
-    def _codes(self, x: Tensor, axis: int, offset: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """The input's codes, moved down by `offset`, and the zero point and scale that they have, [1] each."""
-        scale, zero_point = (self.steps[0].row(table, 1) for table in (self.scale, self.zero_point))
-        top = self.top if self.tops is None else self.steps[0].row(self.tops, 1)
-        codes = self.dialect.quantize(x, scale * self.equalizer, zero_point, top, axis, offset)
-        return codes, zero_point - offset, scale
-
-
-def _form(layer: QuantizedWeight, most: int) -> SignedCodes:
-    """The first form of a weight without a number beyond `most`; the last one if there is none."""
-    forms = list(signed_codes(layer.weight_quantizer.centered()))
-    return next((form for form in forms if max(map(abs, form.extremes)) <= most), forms[-1])
-
-
-class ConvStandIn(SteppedStandIn):
+class ConvStandIn(StandIn):
     """A quantized convolution in one group."""
 
-    def __init__(self, layer: QuantizedConv2d, dialect: Dialect, steps: Steps, vnni: bool) -> None:
-        super().__init__(layer, dialect, steps, clips=dialect.conv_clips and not vnni)
-        self.weight = dialect.conv_weight(self.weight)
+    def __init__(self, layer: QuantizedConv2d, dialect: Dialect, steps: Steps) -> None:
+        super().__init__(layer, dialect)
+        self.grid, self.steps = Grid.of(cast(AffineQuantizer, layer.input_quantizer), dialect, steps), (steps,)
         self.in_channels = layer.in_channels
         self.like = (layer,)  # for its geometry; a tuple keeps its tensors out of this module
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve `x`, float [batch, in, height, width]."""
-        codes, zero_point, scale = self._codes(x, 1, self.dialect.conv_offset)
-        products = self.dialect.conv(codes, zero_point, scale, self.weight, self.gain, self.like[0])
-        return self._total(products, 1) + self.bias.reshape(-1, 1, 1)
+        given: Codes = self.grid(x, 1, self.equalizer)
+        return self.dialect.conv(
+            given.codes, given.zero, given.scale, self.rows, self.like[0], self.bias, self.steps[0]
+        )
 
 
-class LinearStandIn(SteppedStandIn):
+class LinearStandIn(StandIn):
     """A quantized linear layer."""
 
-    def __init__(self, layer: QuantizedLinear, dialect: Dialect, steps: Steps, vnni: bool) -> None:
-        super().__init__(layer, dialect, steps, clips=dialect.linear_clips and not vnni)
+    def __init__(self, layer: QuantizedLinear, dialect: Dialect, steps: Steps) -> None:
+        super().__init__(layer, dialect)
+        self.grid = Grid.of(cast(AffineQuantizer, layer.input_quantizer), dialect, steps)
         self.in_features = layer.in_features
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply `x`, float [..., in]."""
-        codes, zero_point, scale = self._codes(x, x.dim() - 1)
-        products = self.dialect.linear(codes, zero_point, scale, self.weight, self.gain)
-        return self._total(products, x.dim() - 1) + self.bias
-
-
-class ProbabilityStandIn(nn.Module):
-    """The quantizer of attention probabilities without what formats lack, and without a grid that no step group uses."""
-
-    scale: Tensor
-    peak: Tensor
-    use_log2: Tensor
-
-    def __init__(self, quantizer: ProbabilityQuantizer, steps: Steps) -> None:
-        super().__init__()
-        self.last, self.per_octave, self.steps = quantizer.last, quantizer.grid.per_octave, (steps,)
-        for name in ("scale", "peak", "use_log2"):
-            self.register_buffer(name, getattr(quantizer, name).clone())
-        self.grids = {bool(chosen) for chosen in self.use_log2}
-
-    def forward(self, p: Tensor) -> Tensor:
-        """Quantize-dequantize `p`, float [batch, ...] in [0, 1]."""
-        if len(self.grids) == 1:
-            return self._log2(p) if True in self.grids else self._even(p)
-        return torch.where(self.steps[0].row(self.use_log2, p.dim()), self._log2(p), self._even(p))
-
-    def _even(self, p: Tensor) -> Tensor:
-        scale = self.steps[0].row(self.scale, p.dim())
-        return fake_quantize(p, scale, torch.zeros_like(scale), 0, self.last)
-
-    def _log2(self, p: Tensor) -> Tensor:
-        peak = self.steps[0].row(self.peak, p.dim())
-        codes = (torch.log2(p / peak) * -self.per_octave).round().clamp(0, self.last)
-        return (
-            torch.where(codes < self.last, torch.exp(codes * (-math.log(2) / self.per_octave)), torch.zeros_like(codes))
-            * peak
-        )
-
-
-class MixedProbabilityStandIn(ProbabilityStandIn):
-    """The same where the number of codes depends on the step group.
-
-    Attributes: top, the last code, and density, how many values the log2 grid has to each halving: float32 [groups].
-    """
-
-    top: Tensor
-    density: Tensor
-
-    def __init__(self, quantizer: MixedProbabilityQuantizer, steps: Steps) -> None:
-        super().__init__(quantizer, steps)
-        self.register_buffer("top", quantizer.top.float())
-        self.register_buffer("density", quantizer.per_octave.clone())
-
-    def _even(self, p: Tensor) -> Tensor:
-        scale, top = (self.steps[0].row(table, p.dim()) for table in (self.scale, self.top))
-        return fake_quantize(p, scale, torch.zeros_like(scale), 0, top)
-
-    def _log2(self, p: Tensor) -> Tensor:
-        peak, top, dense = (self.steps[0].row(table, p.dim()) for table in (self.peak, self.top, self.density))
-        codes = (torch.log2(p / peak) * -dense).round().clamp(min=0)
-        return torch.where(codes < top, torch.exp(codes * (-math.log(2) / dense)), torch.zeros_like(codes)) * peak
-
-
-def probability_stand_in(quantizer: ProbabilityQuantizer, steps: Steps) -> ProbabilityStandIn:
-    """What is traced in place of a quantizer of probabilities."""
-    if isinstance(quantizer, MixedProbabilityQuantizer):
-        return MixedProbabilityStandIn(quantizer, steps)
-    return ProbabilityStandIn(quantizer, steps)
+        given: Codes = self.grid(x, x.dim() - 1, self.equalizer)
+        return self.dialect.linear(given.codes, given.zero, given.scale, self.rows, self.bias)

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from tcaq.export.standin import Dialect, StandIn, Steps
+from tcaq.export.standin import Dialect, StandIn
 from tcaq.layers.linear import QuantizedLinear
 from tcaq.quantizers.token import TokenQuantizer
 
@@ -20,8 +20,8 @@ class TokenStandIn(StandIn):
 
     sums: Tensor
 
-    def __init__(self, layer: QuantizedLinear, dialect: Dialect, steps: Steps, vnni: bool) -> None:
-        super().__init__(layer, dialect, steps, clips=dialect.linear_clips and not vnni)
+    def __init__(self, layer: QuantizedLinear, dialect: Dialect) -> None:
+        super().__init__(layer, dialect)
         self.in_features = layer.in_features
         self.quantizer, self.middle = cast(TokenQuantizer, layer.input_quantizer), (self.top + 1) // 2
         self.register_buffer(
@@ -30,10 +30,11 @@ class TokenStandIn(StandIn):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply `x`, float [..., in]."""
-        scale, zero_point = self.quantizer.grid_of(x, self.equalizer)
-        zero_point, axis, one = zero_point - self.quantizer.low, x.dim() - 1, torch.ones(1)
-        shifted = torch.round(x / (scale * self.equalizer)) + zero_point
-        codes = self.dialect.quantize(shifted, one, torch.zeros(1), self.top, axis)
-        middle = torch.full((1,), float(self.middle))
-        products = self._total(self.dialect.linear(codes, middle, one, self.weight, self.gain), axis)
+        gain = self.equalizer if self.equalizer is not None else torch.ones(1)
+        scale, zero_point = self.quantizer.grid_of(x, gain)
+        zero_point, one = zero_point - self.quantizer.low, torch.ones(1)
+        nothing, middle = (self.dialect.zeros(torch.full((1,), float(code))) for code in (0, self.middle))
+        shifted = torch.round(x / (scale * gain)) + zero_point
+        codes, _ = self.dialect.quantize(shifted, one, nothing, self.top, x.dim() - 1)
+        products = self.dialect.linear(codes, middle, one, self.rows)
         return (products + (self.middle - zero_point) * self.sums) * scale + self.bias

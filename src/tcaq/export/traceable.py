@@ -11,7 +11,9 @@ from tcaq.errors import ModelError
 from tcaq.export.interface import UNCONDITIONAL, Interface
 from tcaq.export.parts import plain_norms, plain_upsampling
 from tcaq.export.positions import free_positions
-from tcaq.export.standin import ConvStandIn, Dialect, LinearStandIn, StandIn, Steps, probability_stand_in
+from tcaq.export.probability import probability_stand_in
+from tcaq.export.product import ProductStandIn, is_even
+from tcaq.export.standin import ConvStandIn, Dialect, LinearStandIn, StandIn, Steps
 from tcaq.export.token import TokenStandIn
 from tcaq.layers.conv import QuantizedConv2d
 from tcaq.layers.insert import quantized_layers, replace
@@ -32,14 +34,10 @@ class Traceable(nn.Module):
 
     The denoiser given is copied, not changed; the copy is in float32.
 
-    Args: interface: the names of the tensors; vnni: it will only run on processors with VNNI instructions. Others add pairs of
-        products in 16 bits and clip the sums, so weights of 7 or 8 bits that meet inputs of 8 bits are written in another form for
-        them: exact everywhere, but slower.
+    Args: interface: the names of the tensors.
     """
 
-    def __init__(
-        self, denoiser: nn.Module, dialect: Dialect, interface: Interface = UNCONDITIONAL, vnni: bool = False
-    ) -> None:
+    def __init__(self, denoiser: nn.Module, dialect: Dialect, interface: Interface = UNCONDITIONAL) -> None:
         super().__init__()
         check_exportable(denoiser)
         # torch's own: diffusers lets nobody cast a quantized model, for whose codes it fears; no code is of a float type here
@@ -47,12 +45,15 @@ class Traceable(nn.Module):
         steps = Steps(clock_of(self.denoiser).boundaries)
         for name, layer in list(quantized_layers(self.denoiser)):
             if isinstance(layer, QuantizedWeight):
-                replace(self.denoiser, name, stand_in(layer, dialect, steps, vnni))
+                replace(self.denoiser, name, stand_in(layer, dialect, steps))
+            elif dialect.multiplies and is_even(layer):
+                replace(self.denoiser, name, ProductStandIn(layer, dialect, steps))
             else:
                 _follow(layer, steps)
         plain_upsampling(self.denoiser)
         plain_norms(self.denoiser)
         free_positions(self.denoiser)
+        dialect.prepare(self.denoiser)
         self.bypass, self.correction = bypass_of(self.denoiser), correction_of(self.denoiser)
         for part in (self.bypass, self.correction):
             if part is not None:
@@ -74,13 +75,13 @@ class Traceable(nn.Module):
         return cast(Tensor, found if self.correction is None else self.correction(found))
 
 
-def stand_in(layer: QuantizedWeight, dialect: Dialect, steps: Steps, vnni: bool = False) -> StandIn:
+def stand_in(layer: QuantizedWeight, dialect: Dialect, steps: Steps) -> StandIn:
     """What is traced in place of a layer."""
     if isinstance(layer, QuantizedConv2d):
-        return ConvStandIn(layer, dialect, steps, vnni)
+        return ConvStandIn(layer, dialect, steps)
     if isinstance(layer.input_quantizer, TokenQuantizer):
-        return TokenStandIn(cast(QuantizedLinear, layer), dialect, steps, vnni)
-    return LinearStandIn(cast(QuantizedLinear, layer), dialect, steps, vnni)
+        return TokenStandIn(cast(QuantizedLinear, layer), dialect)
+    return LinearStandIn(cast(QuantizedLinear, layer), dialect, steps)
 
 
 def _follow(product: QuantizedProduct, steps: Steps) -> None:

@@ -1,0 +1,43 @@
+"""Stand-in for a product of two activations."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from tcaq.export.standin import Dialect, Grid, Steps
+from tcaq.layers.product import QuantizedProduct
+from tcaq.quantizers.affine import AffineQuantizer
+from tcaq.quantizers.mixed import MixedProbabilityQuantizer
+from tcaq.quantizers.probability import ProbabilityQuantizer
+
+
+class ProductStandIn(nn.Module):
+    """Products in integers, of operands on even grids; see QuantizedProduct."""
+
+    is_float = False
+
+    def __init__(self, product: QuantizedProduct, dialect: Dialect, steps: Steps) -> None:
+        super().__init__()
+        self.dialect = dialect
+        self.left = _grid(cast("AffineQuantizer | ProbabilityQuantizer", product.left_quantizer), dialect, steps, False)
+        self.right = _grid(cast(AffineQuantizer, product.right_quantizer), dialect, steps, True)
+
+    def forward(self, left: Tensor, right: Tensor, *, scale: float = 1.0) -> Tensor:
+        """`left @ right * scale`, float [batch, heads, ...]."""
+        return self.dialect.product(self.left(left, 1), self.right(right, 1), scale)
+
+
+def is_even(product: QuantizedProduct) -> bool:
+    """Whether a product is quantized, with codes of even distance in all step groups."""
+    left = product.left_quantizer
+    return left is not None and not (isinstance(left, ProbabilityQuantizer) and bool(left.use_log2.any()))
+
+
+def _grid(quantizer: AffineQuantizer | ProbabilityQuantizer, dialect: Dialect, steps: Steps, second: bool) -> Grid:
+    if isinstance(quantizer, AffineQuantizer):
+        return Grid.of(quantizer, dialect, steps, second)
+    top = quantizer.top.float() if isinstance(quantizer, MixedProbabilityQuantizer) else quantizer.last
+    return Grid(quantizer.scale, torch.zeros_like(quantizer.scale), top, dialect, steps, second)
