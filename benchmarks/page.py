@@ -3,9 +3,9 @@
     python benchmarks/page.py
 
 `quality.py` makes the tables of image quality (`larger`: those of more images) and `spread.py` their standard errors, `make bench`
-has the commands behind the second model's (`second`, `parts`, `parts-spread`), `presets.py` makes the table of costs, `speed.py` those
-of speed and the figure beside them, `integer.py` that of integer images. A part whose study has not run yet is left out, and the page
-says so.
+has the commands behind the second model's (`second`, `parts`, `parts-spread`), `presets.py` makes the table of costs, `speed.py`
+those of speed and the figure beside them, `integer.py` that of integer images. A part whose study has not run yet is left out, and
+the page says so.
 """
 
 from __future__ import annotations
