@@ -11,6 +11,13 @@ from torch import Tensor
 Kernel = Callable[[Tensor, float, int, torch.dtype], Tensor]
 """Codes uint8 of inputs, the scale and zero point that they have, and the dtype to put out -> products, scaled."""
 
+Product = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, float], Tensor]
+"""Signed bytes a int8 [n, rows, inner] and b int8 [n, inner, columns], what to add to the sums of each row and column, int32 [n,
+rows, 1] and [n, 1, columns] or None, and the scale of all sums -> `(a @ b + row + column) * scale`, float32 [n, rows, columns]."""
+
+FloatProduct = Callable[[Tensor, Tensor], Tensor]
+"""Float32 matrices [n, rows, inner] and [n, inner, columns] -> [n, rows, columns]."""
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -42,7 +49,8 @@ class Backend:
 
     Attributes: missing: why nothing can run there, or None; conv, linear: build a kernel from a weight int8 [out, ...], its
         scale float32 [out], a bias float32 [out] or None (and a convolution's geometry); conv_problem, linear_problem: why a
-        weight of a shape cannot run exactly with such numbers, or None.
+        weight of a shape cannot run exactly with such numbers, or None; product, product_problem: the same for matrices that are
+        both activations, of any shape; float_product: of floats.
     """
 
     missing: Callable[[], str | None]
@@ -50,3 +58,6 @@ class Backend:
     linear: Callable[[Tensor, Tensor, Tensor | None], Kernel]
     conv_problem: Callable[[tuple[int, ...], Geometry, Span], str | None]
     linear_problem: Callable[[tuple[int, ...], Span], str | None]
+    product: Product | None = None
+    product_problem: Callable[[], str | None] = lambda: "products of two activations have no integer kernel"
+    float_product: FloatProduct = torch.bmm

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from hashlib import sha256
 from typing import cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch.nn.functional import pad
 
 from tcaq.errors import CheckpointError
 from tcaq.integer.backend import Kernel
+from tcaq.integer.steps import by_group, step_rows
 from tcaq.layers.conv import QuantizedConv2d
 from tcaq.layers.linear import QuantizedLinear
 from tcaq.layers.modes import Mode, Moded
@@ -108,16 +108,15 @@ class SteppedLayer(IntegerLayer):
         """The denoiser's clock."""
         return self._clock[0]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply `x`, float [batch, ...]. Raises: CheckpointError in float mode or on another device."""
-        self.check(x)
-        rows = _rows(self.clock)
-        if len(set(rows)) == 1:
-            return self._run(x, rows[0])
-        parts = [self._run(x[[i for i, row in enumerate(rows) if row == group]], group) for group in sorted(set(rows))]
-        return torch.cat(parts)[_places(rows)]
+    def forward(self, x: Tensor, owned: bool = False) -> Tensor:
+        """Multiply `x`, float [batch, ...], which may be overwritten if it is `owned`: needed nowhere else.
 
-    def _run(self, x: Tensor, group: int) -> Tensor:
+        Raises: CheckpointError in float mode or on another device.
+        """
+        self.check(x)
+        return by_group(step_rows(self.clock), lambda x, group: self._run(x, group, owned), x)
+
+    def _run(self, x: Tensor, group: int, owned: bool) -> Tensor:
         """The layer on samples that are all in one step group."""
         raise NotImplementedError
 
@@ -128,10 +127,11 @@ class SteppedLayer(IntegerLayer):
             return self._kernel(codes, scale, zero_point, dtype)
         return self._sum(self._kernel(codes, scale, zero_point, torch.float32)).to(dtype)
 
-    def _codes(self, x: Tensor, group: int, shape: Sequence[int]) -> Tensor:
+    def _codes(self, x: Tensor, group: int, shape: Sequence[int], owned: bool) -> Tensor:
         """Unsigned codes of x, uint8; the division is the fake quantizer's, so that the codes are, too."""
         divisor = (self.scale[group] * self.equalizer).reshape(shape)
-        return byte_codes(x / divisor, self._zero_points[group], self._tops[group])
+        units = x.div_(divisor) if owned and x.dtype == divisor.dtype else x / divisor
+        return byte_codes(units, self._zero_points[group], self._tops[group])
 
 
 class IntegerConv2d(SteppedLayer):
@@ -143,10 +143,10 @@ class IntegerConv2d(SteppedLayer):
         self._padded = list(padded)
         self._padding_mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
 
-    def _run(self, x: Tensor, group: int) -> Tensor:
+    def _run(self, x: Tensor, group: int, owned: bool) -> Tensor:
         if any(self._padded):
             x = pad(x, self._padded, mode=self._padding_mode)
-        codes = self._codes(x, group, (1, -1, 1, 1))
+        codes = self._codes(x, group, (1, -1, 1, 1), owned)
         return self._multiply(codes.contiguous(memory_format=torch.channels_last), group, x.dtype)
 
 
@@ -157,33 +157,9 @@ class IntegerLinear(SteppedLayer):
         super().__init__(layer, codes, kernel)
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
-    def _run(self, x: Tensor, group: int) -> Tensor:
-        codes = self._codes(x, group, (-1,)).reshape(-1, self.in_features)
+    def _run(self, x: Tensor, group: int, owned: bool) -> Tensor:
+        codes = self._codes(x, group, (-1,), owned).reshape(-1, self.in_features)
         return self._multiply(codes, group, x.dtype).reshape(*x.shape[:-1], self.out_features)
-
-
-_READ: WeakKeyDictionary[StepClock, tuple[Tensor, list[int]]] = WeakKeyDictionary()
-"""What a clock showed last, and the same as numbers."""
-
-
-def _rows(clock: StepClock) -> list[int]:
-    """The step group of each sample, read from the device once for all layers: on a GPU, reading waits for all that is queued."""
-    if clock.count == 1:
-        return [0]
-    group, rows = _READ.get(clock, (None, []))
-    if group is not clock.group:  # a clock that is set again shows another tensor
-        rows = clock.group.tolist()
-        _READ[clock] = clock.group, rows
-    return rows
-
-
-def _places(rows: Sequence[int]) -> list[int]:
-    """Where each sample is after samples were sorted by their group."""
-    order = sorted(range(len(rows)), key=lambda i: rows[i])
-    places = [0] * len(rows)
-    for position, sample in enumerate(order):
-        places[sample] = position
-    return places
 
 
 def _fingerprint(*tensors: Tensor | None) -> Tensor:

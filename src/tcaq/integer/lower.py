@@ -12,10 +12,13 @@ from torch import nn
 
 from tcaq.allocator import release_freed_memory
 from tcaq.errors import UsageError
-from tcaq.integer.backend import Backend
+from tcaq.integer.backend import Backend, Product
+from tcaq.integer.block import keep_blocks_in_place
 from tcaq.integer.build import NoKernel, integer_layer
 from tcaq.integer.cpu import CPU
 from tcaq.integer.cuda import CUDA
+from tcaq.integer.norm import keep_token_layout
+from tcaq.integer.product import IntegerProduct, product_clock, uneven_groups
 from tcaq.layers.insert import quantized_layers, replace
 from tcaq.layers.processors import detach_products, has_products
 from tcaq.layers.product import QuantizedProduct
@@ -26,7 +29,7 @@ from tcaq.models.quantizer import TcaqQuantizer
 BACKENDS = {"cpu": CPU, "cuda": CUDA}
 Products = Literal["plan", "fused"]
 Execution = Literal["integer", "fake", "float"]
-NO_PRODUCT = "products of two activations have no integer kernel"
+LOG2 = "probabilities on a log2 grid are no whole numbers"
 FUSED = "asked for: attention in one fused float operation"
 
 
@@ -102,6 +105,8 @@ def lower(pipe: DiffusionPipeline, products: Products = "plan") -> Lowering:
         release_freed_memory()  # what packing left behind, layer by layer, would come to as much again as the weights
     if products == "fused":
         _fuse(denoiser)
+    keep_token_layout(denoiser)
+    keep_blocks_in_place(denoiser)
     if quantizer is not None:
         denoiser.hf_quantizer = LoweredQuantizer(quantizer.quantization_config)
     return Lowering(tuple(done))
@@ -111,12 +116,27 @@ def _lower(
     denoiser: nn.Module, name: str, layer: QuantizedWeight | QuantizedProduct, backend: Backend, products: Products
 ) -> LayerExecution:  # fmt: skip
     if isinstance(layer, QuantizedProduct):
-        return LayerExecution(name, "float", FUSED) if products == "fused" else LayerExecution(name, "fake", NO_PRODUCT)
+        return (
+            LayerExecution(name, "float", FUSED)
+            if products == "fused"
+            else _lower_product(denoiser, name, layer, backend)
+        )
     try:
         with torch.no_grad():
             replace(denoiser, name, integer_layer(layer, backend))
     except NoKernel as problem:
         return LayerExecution(name, "fake", str(problem))
+    return LayerExecution(name, "integer")
+
+
+def _lower_product(denoiser: nn.Module, name: str, layer: QuantizedProduct, backend: Backend) -> LayerExecution:
+    problem = backend.product_problem()
+    if problem is not None:
+        return LayerExecution(name, "fake", problem)
+    replace(denoiser, name, IntegerProduct(layer, cast(Product, backend.product), backend.float_product))
+    uneven, count = len(uneven_groups(layer)), product_clock(layer).count
+    if uneven:
+        return LayerExecution(name, "fake", f"{LOG2}, as they are in {uneven} of {count} step groups")
     return LayerExecution(name, "integer")
 
 
