@@ -83,7 +83,7 @@ def lower(pipe: DiffusionPipeline, products: Products = "plan") -> Lowering:
     can run, everything stays and one warning says so.
 
     Args: pipe: loaded from a checkpoint, or quantized in memory; products: what becomes of the products in attention: `plan`,
-        quantized as the plan says, in float arithmetic; `fused`, not quantized, in PyTorch's fused attention.
+        quantized as the plan says, in integers where both grids are even; `fused`, not quantized, in PyTorch's fused attention.
     Raises: UsageError if the pipeline is not quantized.
     """
     denoiser = find_denoiser(pipe)[1]
