@@ -12,8 +12,10 @@ from torch import Tensor, nn
 import tcaq
 from tcaq.errors import ModelError, UsageError
 from tcaq.integer import cpu
+from tcaq.integer.backend import Backend
 from tcaq.integer.layer import IntegerLayer
 from tcaq.integer.lower import BACKENDS
+from tcaq.integer.product import IntegerProduct
 from tcaq.layers.insert import quantized_layers
 from tcaq.layers.product import QuantizedProduct
 from tcaq.layers.weighted import QuantizedWeight
@@ -45,18 +47,25 @@ def test_nothing_of_the_checkpoint_file_stays_in_memory(make, tmp_path):
     assert str(tmp_path) not in MAPS.read_text()
 
 
-def test_every_weighted_layer_runs_in_integers_and_the_rest_says_why(make):
+def test_every_layer_on_even_grids_runs_in_integers_and_the_rest_says_why(make):
     pipe = make()
     planned = dict(quantized_layers(pipe.unet))
+    mixes = [layer for name, layer in planned.items() if name.endswith("mix")]
+    for mix in mixes:
+        mix.left_quantizer.use_log2.fill_(False)
+    mixes[0].left_quantizer.use_log2[1] = True
     lowering = tcaq.lower(pipe)
     assert [row.name for row in lowering.layers] == list(planned)
-    for row in lowering.layers:
-        weighted = isinstance(planned[row.name], QuantizedWeight)
-        assert row.execution == ("integer" if weighted else "fake")
-        assert isinstance(pipe.unet.get_submodule(row.name), IntegerLayer if weighted else QuantizedProduct)
-    assert {row.reason for row in lowering.kept} == {"products of two activations have no integer kernel"}
-    assert f"{len(lowering.layers) - len(lowering.kept)} of {len(planned)} quantized layers" in lowering.summary()
-    assert all(row.name in lowering.summary() for row in lowering.kept)
+    assert [row.execution for row in lowering.layers] == [
+        "fake" if layer is mixes[0] else "integer" for layer in planned.values()
+    ]
+    for name, layer in planned.items():
+        kind = IntegerLayer if isinstance(layer, QuantizedWeight) else IntegerProduct
+        assert isinstance(pipe.unet.get_submodule(name), kind)
+    (kept,) = lowering.kept
+    assert kept.reason == "probabilities on a log2 grid are no whole numbers, as they are in 1 of 3 step groups"
+    assert f"{len(planned) - 1} of {len(planned)} quantized layers" in lowering.summary()
+    assert kept.name in lowering.summary()
 
 
 OPTIONS = [{}, {"weights": 8, "activations": 8}, {"weights": 3, "activations": 4}]
@@ -181,7 +190,7 @@ def test_a_device_without_kernels_runs_fake_with_one_warning(make, monkeypatch):
 def test_a_layer_that_is_not_exact_stays_fake_and_equal(make, monkeypatch):
     pipe = make()
     before = output(pipe.unet)
-    backend = cpu.Backend(cpu.missing, cpu.CpuConv, cpu.CpuLinear, lambda *_: "it clips", lambda *_: "it clips")
+    backend = Backend(cpu.missing, cpu.CpuConv, cpu.CpuLinear, lambda *_: "it clips", lambda *_: "it clips")
     monkeypatch.setitem(BACKENDS, "cpu", (backend,))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -204,7 +213,7 @@ def test_a_layer_takes_the_first_backend_that_runs_it_exactly(make, monkeypatch)
     tcaq.lower(expected)
     monkeypatch.setitem(BACKENDS, "cpu", (absent, first, cpu.CPU))
     lowering = tcaq.lower(pipe)
-    assert {row.reason for row in lowering.kept} == {"products of two activations have no integer kernel"}
+    assert all("log2" in row.reason for row in lowering.kept)
     assert torch.equal(output(pipe.unet), output(expected.unet))
     assert type(pipe.unet.conv_in._kernel) is Own
     assert type(pipe.unet.conv_out._kernel) is cpu.CpuConv

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tcaq.numerics import bytes as way
-from tcaq.numerics.bytes import byte_codes
+from tcaq.numerics.bytes import byte_codes, signed_bytes
 
 UNITS = st.floats(min_value=-(2.0**100), max_value=2.0**100, width=32)
 
@@ -47,6 +47,29 @@ def test_both_ways_give_the_same_bytes(zero_point, top, channels_last):
     one, other = (f(whole.clone(), zero_point, top) for f in (way._in_one_pass, way._by_signed_bytes))
     assert torch.equal(one, other)
     assert one.stride() == other.stride()
+
+
+@given(st.lists(UNITS, min_size=1, max_size=40), st.integers(-128, 127), st.integers(-128, 0), st.integers(0, 127))
+def test_signed_bytes_are_clamped_whole_numbers(units, zero_point, low, high):
+    expected = [min(max(round(u) + zero_point, low), high) for u in units]
+    quantized = way._quantizes
+    for whether in (quantized, lambda: False):
+        way._quantizes = whether
+        try:
+            found = signed_bytes(torch.tensor(units), zero_point, low, high)
+        finally:
+            way._quantizes = quantized
+        assert found.dtype == torch.int8
+        assert found.tolist() == expected
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 1, 3, 2), (3, 1, 0, 2)])
+def test_what_is_turned_over_stays_so(order):
+    units = (300 * torch.randn(2, 3, 5, 6, generator=torch.Generator().manual_seed(0))).permute(order)
+    expected = (units.double().round() + 7).clamp(0, 255)
+    found = byte_codes(units.clone(), 7, 255)
+    assert torch.equal(found.double(), expected)
+    assert found.stride() == units.stride()
 
 
 def test_a_pytorch_that_quantizes_no_tensors_is_no_obstacle(monkeypatch):

@@ -122,8 +122,7 @@ def test_all_widths_run_in_integers(done):
     x = torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     when = torch.tensor([0, 500, 999])  # of both widths
     fake = pipe.unet(x, when).sample
-    lowering = tcaq.lower(pipe)
-    assert {row.reason for row in lowering.kept} == {"products of two activations have no integer kernel"}
+    assert not tcaq.lower(pipe).kept
     difference = (pipe.unet(x, when).sample - fake).abs()
     assert difference.median() <= 0.05 * fake.std()  # codes that tip over spread
     assert difference.square().mean() <= 0.05 * fake.var()

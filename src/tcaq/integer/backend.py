@@ -16,24 +16,35 @@ class InputGrid:
     """How inputs become codes, `clamp(round(x / (scale * equalizer)) + zero_point, 0, top)`.
 
     Attributes: scale, zero_point: numbers, or float32 [..., 1] with a row for each token of a linear layer's input; equalizer:
-        float32 [in channels], TCR's r; top: the largest code.
+        float32 [in channels], TCR's r; top: the largest code; owned: whether inputs may be overwritten on the way, since nobody
+        else needs them.
     """
 
     scale: float | Tensor
     zero_point: int | Tensor
     equalizer: Tensor
     top: int
+    owned: bool = False
 
     def codes(self, x: Tensor, shape: Sequence[int] = (-1,)) -> Tensor:
         """Codes of x, uint8; the division is the fake quantizer's, so that the codes are, too.
 
         Args: shape: of the equalizer, to be broadcast against x.
         """
-        return byte_codes(x / (self.scale * self.equalizer.reshape(shape)), self.zero_point, self.top)
+        divisor = self.scale * self.equalizer.reshape(shape)
+        units = x.div_(divisor) if self.owned and x.dtype == divisor.dtype else x / divisor
+        return byte_codes(units, self.zero_point, self.top)
 
 
 Kernel = Callable[[Tensor, InputGrid, torch.dtype], Tensor]
 """A float input [batch, in, height, width] or [..., in], its grid, and the dtype to put out -> the layer's output."""
+
+Product = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, float], Tensor]
+"""Signed bytes a int8 [n, rows, inner] and b int8 [n, inner, columns], what to add to the sums of each row and column, int32 [n,
+rows, 1] and [n, 1, columns] or None, and the scale of all sums -> `(a @ b + row + column) * scale`, float32 [n, rows, columns]."""
+
+FloatProduct = Callable[[Tensor, Tensor], Tensor]
+"""Float32 matrices [n, rows, inner] and [n, inner, columns] -> [n, rows, columns]."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,8 @@ class Backend:
     """Integer kernels of a kind of device.
 
     Attributes: missing: why nothing can run there, or None; conv, linear: build a kernel; conv_problem, linear_problem: why a
-        weight of a shape cannot run exactly with such numbers, or None; adds_rest: whether kernels take weights with a rest.
+        weight of a shape cannot run exactly with such numbers, or None; adds_rest: whether kernels take weights with a rest;
+        product, product_problem: the same for matrices that are both activations, of any shape; float_product: of floats.
     """
 
     missing: Callable[[], str | None]
@@ -88,3 +100,6 @@ class Backend:
     conv_problem: Callable[[tuple[int, ...], Geometry, Span], str | None]
     linear_problem: Callable[[tuple[int, ...], Span], str | None]
     adds_rest: bool = False
+    product: Product | None = None
+    product_problem: Callable[[], str | None] = lambda: "products of two activations have no integer kernel"
+    float_product: FloatProduct = torch.bmm

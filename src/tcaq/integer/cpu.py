@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from tcaq.integer.backend import Backend, Geometry, InputGrid, Span, Weights
-from tcaq.integer.trial import try_conv, try_linear
+from tcaq.integer.trial import try_conv, try_linear, try_product
 
 _SCALED = ("x_scale", "x_zero_point", "qw", "w_scale", "w_zero_point", "bias")
 _OUTPUT = ("output_scale", "output_zero_point", "output_dtype")
+LARGE = 2**21
+"""Products of numbers in a matrix product, from which on oneDNN's is faster than MKL's."""
 ARGUMENTS = {
     "qconv_prepack": ("weight", "w_scales", "x_scale", "x_zp", "stride", "padding", "dilation", "groups", "x_shape"),
     "qconv2d_pointwise": (
@@ -115,4 +117,50 @@ def linear_problem(shape: tuple[int, ...], span: Span) -> str | None:
     return try_linear(CpuLinear, shape, span)
 
 
-CPU = Backend(missing, CpuConv, CpuLinear, conv_problem, linear_problem)
+def product(left: Tensor, right: Tensor, row: Tensor | None, column: Tensor | None, scale: float) -> Tensor:
+    """See `backend.Product`. One matrix after another, so that its sums stay in the cache until they are scaled."""
+    left, right = _dense(left), _dense(right)
+    result = torch.empty(*left.shape[:2], right.shape[2])
+    sums = torch.empty(*result.shape[1:], dtype=torch.int32)
+    for i in range(len(left)):
+        torch._int_mm(left[i], right[i], out=sums)
+        for more in (row, column):
+            if more is not None:
+                sums += more[i]
+        torch.mul(sums, scale, out=result[i])
+    return result
+
+
+def float_product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right`, float32 [n, rows, inner] and [n, inner, columns]; oneDNN takes half of MKL's time for large ones."""
+    if left[0].numel() * right.shape[2] < LARGE or not _has_linear():
+        return torch.bmm(left, right)
+    result = torch.empty(*left.shape[:2], right.shape[2])
+    for i in range(len(left)):
+        result[i] = torch.ops.mkldnn._linear_pointwise(left[i], right[i].mT, None, "none", [], "")
+    return result
+
+
+@cache
+def _has_linear() -> bool:
+    """Whether this PyTorch has oneDNN's product of float matrices, with the arguments used here."""
+    packet = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    expected = ["X", "W", "B", "attr", "scalars", "algorithm"]
+    return packet is not None and [argument.name for argument in packet.default._schema.arguments] == expected
+
+
+def _dense(matrices: Tensor) -> Tensor:
+    """Matrices without gaps, by rows or by columns."""
+    return matrices if matrices.mT.is_contiguous() else matrices.contiguous()
+
+
+@cache
+def product_problem() -> str | None:
+    """What a trial of two matrices finds."""
+    return try_product(product)
+
+
+CPU = Backend(
+    missing, CpuConv, CpuLinear, conv_problem, linear_problem, product=product, product_problem=product_problem,
+    float_product=float_product,
+)  # fmt: skip

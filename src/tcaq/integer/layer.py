@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from hashlib import sha256
 from typing import cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch.nn.functional import pad
 
 from tcaq.errors import CheckpointError
 from tcaq.integer.backend import InputGrid, Kernel
+from tcaq.integer.steps import by_group, step_rows
 from tcaq.layers.conv import QuantizedConv2d
 from tcaq.layers.linear import QuantizedLinear
 from tcaq.layers.modes import Mode, Moded
@@ -119,18 +119,17 @@ class SteppedLayer(IntegerLayer):
         """The denoiser's clock."""
         return self._clock[0]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply `x`, float [batch, ...]. Raises: CheckpointError in float mode or on another device."""
-        self.check(x)
-        rows = _rows(self.clock)
-        if len(set(rows)) == 1:
-            return self._run(x, rows[0])
-        parts = [self._run(x[[i for i, row in enumerate(rows) if row == group]], group) for group in sorted(set(rows))]
-        return torch.cat(parts)[_places(rows)]
+    def forward(self, x: Tensor, owned: bool = False) -> Tensor:
+        """Multiply `x`, float [batch, ...], which may be overwritten if it is `owned`: needed nowhere else.
 
-    def _run(self, x: Tensor, group: int) -> Tensor:
+        Raises: CheckpointError in float mode or on another device.
+        """
+        self.check(x)
+        return by_group(step_rows(self.clock), lambda x, group: self._run(x, group, owned), x)
+
+    def _run(self, x: Tensor, group: int, owned: bool) -> Tensor:
         """The layer on samples that are all in one step group."""
-        grid = InputGrid(self._scales[group], self._zero_points[group], self.equalizer, self._tops[group])
+        grid = InputGrid(self._scales[group], self._zero_points[group], self.equalizer, self._tops[group], owned)
         return self._multiply(x, grid)
 
 
@@ -147,8 +146,10 @@ class IntegerConv2d(SteppedLayer):
         self._padded = list(padded)
         self._padding_mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
 
-    def _run(self, x: Tensor, group: int) -> Tensor:
-        return super()._run(pad(x, self._padded, mode=self._padding_mode) if any(self._padded) else x, group)
+    def _run(self, x: Tensor, group: int, owned: bool) -> Tensor:
+        if any(self._padded):
+            x, owned = pad(x, self._padded, mode=self._padding_mode), True
+        return super()._run(x, group, owned)
 
 
 class IntegerLinear(SteppedLayer):
@@ -157,30 +158,6 @@ class IntegerLinear(SteppedLayer):
     def __init__(self, layer: QuantizedLinear, codes: SignedCodes, kernel: Kernel, adds_rest: bool) -> None:
         super().__init__(layer, codes, kernel, adds_rest)
         self.in_features, self.out_features = layer.in_features, layer.out_features
-
-
-_READ: WeakKeyDictionary[StepClock, tuple[Tensor, list[int]]] = WeakKeyDictionary()
-"""What a clock showed last, and the same as numbers."""
-
-
-def _rows(clock: StepClock) -> list[int]:
-    """The step group of each sample, read from the device once for all layers: on a GPU, reading waits for all that is queued."""
-    if clock.count == 1:
-        return [0]
-    group, rows = _READ.get(clock, (None, []))
-    if group is not clock.group:  # a clock that is set again shows another tensor
-        rows = clock.group.tolist()
-        _READ[clock] = clock.group, rows
-    return rows
-
-
-def _places(rows: Sequence[int]) -> list[int]:
-    """Where each sample is after samples were sorted by their group."""
-    order = sorted(range(len(rows)), key=lambda i: rows[i])
-    places = [0] * len(rows)
-    for position, sample in enumerate(order):
-        places[sample] = position
-    return places
 
 
 def _fingerprint(*tensors: Tensor | None) -> Tensor:

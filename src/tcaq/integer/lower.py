@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -13,11 +13,14 @@ from torch import nn
 
 from tcaq.allocator import release_freed_memory
 from tcaq.errors import UsageError
-from tcaq.integer.backend import Backend
+from tcaq.integer.backend import Backend, Product
+from tcaq.integer.block import keep_blocks_in_place
 from tcaq.integer.build import NoKernel, integer_layer
 from tcaq.integer.cpu import CPU
 from tcaq.integer.cuda import CUDA
 from tcaq.integer.cuda_triton import TRITON
+from tcaq.integer.norm import keep_token_layout
+from tcaq.integer.product import IntegerProduct, product_clock, uneven_groups
 from tcaq.layers.insert import quantized_layers, replace
 from tcaq.layers.processors import detach_products, has_products
 from tcaq.layers.product import QuantizedProduct
@@ -29,7 +32,7 @@ BACKENDS = {"cpu": (CPU,), "cuda": (TRITON, CUDA)}
 """Kernels of each kind of device, the fastest first: a layer takes the first that run it exactly."""
 Products = Literal["plan", "fused"]
 Execution = Literal["integer", "fake", "float"]
-NO_PRODUCT = "products of two activations have no integer kernel"
+LOG2 = "probabilities on a log2 grid are no whole numbers"
 FUSED = "asked for: attention in one fused float operation"
 
 
@@ -83,7 +86,7 @@ def lower(pipe: DiffusionPipeline, products: Products = "plan") -> Lowering:
     can run, everything stays and one warning says so.
 
     Args: pipe: loaded from a checkpoint, or quantized in memory; products: what becomes of the products in attention: `plan`,
-        quantized as the plan says, in float arithmetic; `fused`, not quantized, in PyTorch's fused attention.
+        quantized as the plan says, in integers where both grids are even; `fused`, not quantized, in PyTorch's fused attention.
     Raises: UsageError if the pipeline is not quantized.
     """
     denoiser = find_denoiser(pipe)[1]
@@ -106,6 +109,8 @@ def lower(pipe: DiffusionPipeline, products: Products = "plan") -> Lowering:
         release_freed_memory()  # what packing left behind, layer by layer, would come to as much again as the weights
     if products == "fused":
         _fuse(denoiser)
+    keep_token_layout(denoiser)
+    keep_blocks_in_place(denoiser)
     if quantizer is not None:
         denoiser.hf_quantizer = LoweredQuantizer(quantizer.quantization_config)
     return Lowering(tuple(done))
@@ -115,7 +120,9 @@ def _lower(
     denoiser: nn.Module, name: str, layer: QuantizedWeight | QuantizedProduct, backends: Sequence[Backend], products: Products
 ) -> LayerExecution:  # fmt: skip
     if isinstance(layer, QuantizedProduct):
-        return LayerExecution(name, "float", FUSED) if products == "fused" else LayerExecution(name, "fake", NO_PRODUCT)
+        if products == "fused":
+            return LayerExecution(name, "float", FUSED)
+        return _lower_product(denoiser, name, layer, backends)
     problems: list[str] = []
     for backend in backends:
         try:
@@ -125,6 +132,20 @@ def _lower(
         except NoKernel as problem:
             problems.append(str(problem))
     return LayerExecution(name, "fake", "; ".join(dict.fromkeys(problems)))
+
+
+def _lower_product(
+    denoiser: nn.Module, name: str, layer: QuantizedProduct, backends: Sequence[Backend]
+) -> LayerExecution:  # fmt: skip
+    problems = {backend: backend.product_problem() for backend in backends}
+    usable = [backend for backend, problem in problems.items() if problem is None]
+    if not usable:
+        return LayerExecution(name, "fake", "; ".join(dict.fromkeys(map(str, problems.values()))))
+    replace(denoiser, name, IntegerProduct(layer, cast(Product, usable[0].product), usable[0].float_product))
+    uneven, count = len(uneven_groups(layer)), product_clock(layer).count
+    if uneven:
+        return LayerExecution(name, "fake", f"{LOG2}, as they are in {uneven} of {count} step groups")
+    return LayerExecution(name, "integer")
 
 
 def _leave_file(denoiser: nn.Module) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from tcaq.integer.backend import Geometry, InputGrid, Kernel, Span, Weights
+from tcaq.integer.backend import Geometry, InputGrid, Kernel, Product, Span, Weights
 
 ROWS = 64
 """Output channels of a trial; kernels take them in blocks of up to so many."""
@@ -42,6 +42,18 @@ def try_linear(
         return (codes.double() - zero) @ weight.double().T
 
     return compare(linear, weight, codes, expected, span, device)
+
+
+def try_product(product: Product) -> str | None:
+    """Why matrices of extreme signed bytes are not multiplied exactly; None if they are."""
+    left, right = extremes((2, ROWS, ROWS), -128, 127), extremes((2, ROWS, ROWS), -128, 127)
+    try:
+        found = product(left.to(torch.int8), right.to(torch.int8), None, None, 1.0)
+    except RuntimeError as error:
+        return f"its integer product is refused: {error}"
+    if torch.equal(found.double(), left.double() @ right.double()):
+        return None
+    return "this processor does not multiply signed bytes exactly"
 
 
 def _fewer(shape: tuple[int, ...], groups: int = 1) -> tuple[int, ...]:

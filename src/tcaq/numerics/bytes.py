@@ -22,6 +22,18 @@ def byte_codes(units: Tensor, zero_point: Tensor | int, top: int) -> Tensor:
     return _by_signed_bytes(units.round_(), zero_point, top)
 
 
+def signed_bytes(units: Tensor, zero_point: int, low: int, high: int) -> Tensor:
+    """`clamp(round(units) + zero_point, low, high)` as int8, in the memory format of `units`.
+
+    Args: units: float32 [...], which are overwritten; zero_point, low, high: in [-128, 127].
+    """
+    whole = units.round_()
+    if units.device.type == "cpu" and _quantizes():
+        codes = _quantized(whole, zero_point, torch.qint8, torch.int8)
+        return codes if (low, high) == (-_MIDDLE, _LAST - _MIDDLE) else codes.clamp_(low, high)
+    return whole.add_(zero_point).clamp_(low, high).to(torch.int8)
+
+
 @cache
 def _quantizes() -> bool:
     """Whether this PyTorch still quantizes tensors; it says once, which is ignored here, that it will not for ever."""
@@ -34,15 +46,21 @@ def _quantizes() -> bool:
 
 
 def _in_one_pass(whole: Tensor, zero_point: int, top: int) -> Tensor:
-    """PyTorch's own quantization adds, clips and converts with vector instructions.
-
-    It is given whole numbers, because it rounds behind adding the zero point, where halves go another way.
-    """
-    quantized = torch.quantize_per_tensor(whole, 1.0, zero_point, torch.quint8)
-    # its bytes where they are: PyTorch has no name for them but one that copies
-    codes = torch.empty(0, dtype=torch.uint8)
-    codes.set_(quantized.untyped_storage(), 0, quantized.size(), quantized.stride())
+    codes = _quantized(whole, zero_point, torch.quint8, torch.uint8)
     return codes if top == _LAST else codes.clamp_(max=top)
+
+
+def _quantized(whole: Tensor, zero_point: int, kind: torch.dtype, dtype: torch.dtype) -> Tensor:
+    """PyTorch's own quantization adds, clips and converts with vector instructions; whole numbers to bytes of `dtype`.
+
+    It is given whole numbers, because it rounds behind adding the zero point, where halves go another way; and memory in the order
+    in which it lies, because it copies what is turned over.
+    """
+    order = sorted(range(whole.dim()), key=whole.stride, reverse=True)
+    quantized = torch.quantize_per_tensor(whole.permute(order), 1.0, zero_point, kind)
+    # its bytes where they are: PyTorch has no name for them but one that copies
+    codes = torch.empty(0, dtype=dtype).set_(quantized.untyped_storage(), 0, quantized.size(), quantized.stride())
+    return codes.permute([order.index(dim) for dim in range(whole.dim())])
 
 
 def _by_signed_bytes(whole: Tensor, zero_point: Tensor | int, top: int) -> Tensor:

@@ -1,0 +1,110 @@
+"""The two products of an attention in integers, where both of their grids are evenly spaced."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Self, cast
+
+import torch
+from torch import Tensor
+
+from tcaq.integer.backend import FloatProduct, Product
+from tcaq.integer.steps import by_group, step_rows
+from tcaq.layers.modes import Mode
+from tcaq.layers.product import OperandQuantizer, QuantizedProduct
+from tcaq.numerics.bytes import signed_bytes
+from tcaq.quantizers.affine import AffineQuantizer
+from tcaq.quantizers.clock import StepClock
+from tcaq.quantizers.mixed import row_widths
+from tcaq.quantizers.probability import ProbabilityQuantizer
+
+MIDDLE = 128
+MOST_TERMS = (2**31 - 1) // 255**2
+"""So many products of codes fit 32 bits, whatever they are, when they are added up."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The even grid of an operand in each step group: scales float32 [groups]; as numbers, zero points and largest codes."""
+
+    scale: Tensor
+    zero_points: list[int]
+    tops: list[int]
+
+    @classmethod
+    def of(cls, quantizer: OperandQuantizer) -> Self:
+        """What a quantizer's table says; of probabilities on a log2 grid, what it would be on an even one."""
+        zero_points = torch.zeros_like(quantizer.scale, dtype=torch.int64)
+        if isinstance(quantizer, AffineQuantizer):
+            zero_points += quantizer.zero_point - quantizer.limits[0]
+        return cls(quantizer.scale, zero_points.tolist(), (2 ** row_widths(quantizer) - 1).tolist())
+
+    def codes(self, x: Tensor, group: int) -> tuple[Tensor, int]:
+        """x in signed bytes, int8, and what each lacks to its distance from the zero point: nothing, if all of these fit a byte."""
+        zero, top = self.zero_points[group], self.tops[group]
+        shift = zero if zero <= MIDDLE and top - zero < MIDDLE else MIDDLE
+        units = x / self.scale[group : group + 1]
+        return signed_bytes(units, zero - shift, -shift, top - shift), shift - zero
+
+
+class IntegerProduct(QuantizedProduct):
+    """A QuantizedProduct that adds up products of whole numbers, and scales each sum once.
+
+    Probabilities on a log2 grid are no multiples of one number. In step groups that have them it multiplies what the fake layer
+    multiplies, in float.
+    """
+
+    def __init__(self, layer: QuantizedProduct, multiply: Product, multiply_floats: FloatProduct) -> None:
+        """Args: layer: with quantizers, which are taken over; multiply, multiply_floats: see Backend."""
+        super().__init__(None, product_clock(layer))
+        self.left_quantizer, self.right_quantizer = layer.left_quantizer, layer.right_quantizer
+        left, right = layer.operands.values()
+        self._rows = Rows.of(left), Rows.of(right)
+        self._uneven = frozenset(uneven_groups(layer))
+        self._multiply, self._multiply_floats = multiply, multiply_floats
+
+    def forward(self, left: Tensor, right: Tensor, *, scale: float = 1.0) -> Tensor:
+        """`left @ right * scale`, in the operands' dtype."""
+        rows = step_rows(product_clock(self))
+        even = self._uneven.isdisjoint(rows)
+        if self.mode is not Mode.FAKE or left.shape[-1] > MOST_TERMS or not (even or left.dtype == torch.float32):
+            return super().forward(left, right, scale=scale)
+        if even:
+            return by_group(rows, lambda *given: self._integer(scale, *given), left, right)
+        return self._float(left, right, scale)
+
+    def _integer(self, scale: float, left: Tensor, right: Tensor, group: int) -> Tensor:
+        """On samples that are all in one step group."""
+        (a, to_a), (b, to_b) = (rows.codes(x, group) for rows, x in zip(self._rows, (left, right), strict=True))
+        a, b = a.flatten(0, -3), b.flatten(0, -3)
+        # (a + to_a) (b + to_b), of which the kernel adds up a b
+        row = to_b * (_sums(a, -1) + to_a * a.shape[-1]) if to_b else None
+        column = to_a * _sums(b, -2) if to_a else None
+        step = scale * math.prod(float(rows.scale[group]) for rows in self._rows)
+        result: Tensor = self._multiply(a, b, row, column, step).unflatten(0, left.shape[:-2]).to(left.dtype)
+        return result
+
+    def _float(self, left: Tensor, right: Tensor, scale: float) -> Tensor:
+        """What the fake layer multiplies, float32."""
+        hats = [quantizer(x).flatten(0, -3) for quantizer, x in zip(self.operands.values(), (left, right), strict=True)]
+        product: Tensor = self._multiply_floats(hats[0], hats[1]).unflatten(0, left.shape[:-2])
+        return product if scale == 1 else product * scale
+
+
+def _sums(codes: Tensor, dim: int) -> Tensor:
+    return codes.sum(dim, keepdim=True, dtype=torch.int32)
+
+
+def product_clock(layer: QuantizedProduct) -> StepClock:
+    """The denoiser's clock, as the quantizers of a product know it."""
+    return cast(AffineQuantizer, layer.right_quantizer).clock
+
+
+def uneven_groups(layer: QuantizedProduct) -> list[int]:
+    """Step groups in which an operand is on a log2 grid."""
+    found: set[int] = set()
+    for quantizer in layer.operands.values():
+        if isinstance(quantizer, ProbabilityQuantizer) and quantizer.grid.code != "unit":
+            found |= set(quantizer.use_log2.nonzero().flatten().tolist())
+    return sorted(found)
