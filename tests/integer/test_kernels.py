@@ -133,6 +133,16 @@ def test_the_matrix_product_of_a_gpu_gets_rows_one_after_another(monkeypatch: py
     assert torch.equal(found.double(), (codes.double() - 7) @ weight.double().T)
 
 
+def test_a_gpu_takes_many_rows_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    multiply, sizes = torch._int_mm, []
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: sizes.append(len(a)) or multiply(a, b))
+    monkeypatch.setattr(cuda, "MOST_ROWS", 40)
+    weight, codes = extremes((8, 16), -16, 15), extremes((81, 16), 0, 255)
+    found = run(cuda.CudaLinear(weights(weight, "cpu")), codes, 7, "cpu")
+    assert sizes == [27, 27, 27]
+    assert torch.equal(found.double(), (codes.double() - 7) @ weight.double().T)
+
+
 @pytest.mark.parametrize(("kind", "shape"), [("conv", (8, 8, 3, 3)), ("linear", (8, 8))])
 def test_a_shape_that_a_gpu_refuses_has_no_kernel_there(kind: str, shape: tuple[int, ...], monkeypatch) -> None:
     def refuse(*_: Tensor) -> Tensor:
