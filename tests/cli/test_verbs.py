@@ -174,6 +174,22 @@ def test_sample_writes_the_images_of_the_seeds(folders, tmp_path):
     assert pixels(tmp_path / "grid.png").shape[0] >= 32
 
 
+@pytest.mark.parametrize("device", ["nonsense", "meta", *([] if torch.cuda.is_available() else ["cuda"])])
+def test_a_device_that_is_not_there_is_refused(folders, tmp_path, device):
+    result = invoke("sample", folders[0] / "float", "--num", 2, "--output", tmp_path / "x.png", "--device", device)
+    assert result.exit_code != 0
+    assert f"--device {device}: there is no such device" in " ".join(result.output.split())
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_the_device_is_where_the_model_computes(folders, tmp_path, monkeypatch):
+    moved = []
+    monkeypatch.setattr("tcaq.cli.sample.placed", lambda pipe, device: moved.append(device) or pipe)
+    asked = ["--num", 2, "--steps", 1, "--output", tmp_path / "x.png", "--device", "cuda:1"]
+    assert invoke("sample", folders[0] / "w4a4", *asked).exit_code == 0
+    assert moved == ["cuda:1"]
+
+
 def test_sample_writes_each_batch_as_it_comes_and_names_what_was_there(folders, tmp_path, monkeypatch):
     root, _ = folders
     command = ["sample", root / "float", "--steps", 1, "--batch", 2, "--output", tmp_path / "s"]
@@ -307,6 +323,9 @@ def test_an_exported_folder_samples_and_is_evaluated_like_a_checkpoint(folders, 
     decibels = float(" ".join(result.output.split()).rpartition(":")[2].split()[0])
     assert decibels > 20
     assert invoke("sample", out, "--num", 2, "--steps", 2, "--output", tmp_path / "x.png").exit_code == 0
+    refused = invoke("sample", out, "--num", 2, "--steps", 2, "--output", tmp_path / "y.png", "--device", "cuda")
+    assert refused.exit_code != 0
+    assert "exported models run on the CPU" in " ".join(refused.output.split())
     if form == "openvino":
         return  # loaded in the same way; it takes its time to compile
     result = invoke(

@@ -68,7 +68,7 @@ def placed(pipe: DiffusionPipeline, device: str) -> DiffusionPipeline:
         raise UsageError(f"--device {device}: exported models run on the CPU; leave --device out")
     try:
         there = torch.device(device)
-        torch.empty(1, device=there)
+        torch.zeros(1, device=there).item()  # a device without data has no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"--device {device}: there is no such device ({reason}); cpu is there always") from error
