@@ -38,8 +38,6 @@ PRODUCT = f"{DOMAIN}::MatMulIntegerToFloat"
 class OnnxDialect:
     """Integer operators of ONNX, which take zero points."""
 
-    multiplies = True
-
     def __init__(self, vnni: bool = False) -> None:
         """Args: vnni: the graph will only run on processors with VNNI instructions."""
         self.vnni = vnni

@@ -25,7 +25,7 @@ from tcaq.export.example import Example
 from tcaq.export.folder import read_folder, write_folder
 from tcaq.export.planes import Planes, most_exact
 from tcaq.export.runtime import Predict
-from tcaq.export.standin import Codes, Steps
+from tcaq.export.standin import Steps
 from tcaq.export.traceable import Traceable
 from tcaq.layers.weighted import QuantizedWeight
 from tcaq.numerics.integers import BYTE
@@ -35,9 +35,10 @@ Precision = Literal["f32", "bf16"]
 
 
 class OpenVinoDialect:
-    """Float arithmetic on whole numbers, in the patterns that OpenVINO computes in integers."""
+    """Float arithmetic on whole numbers, in the patterns that OpenVINO computes in integers.
 
-    multiplies = False
+    It has none for products of two activations: OpenVINO joins an attention to one snippet, and has too few registers for some.
+    """
 
     def __init__(self, vnni: bool = False) -> None:
         """Args: vnni: the graph will only run on processors with VNNI instructions.
@@ -105,10 +106,6 @@ class OpenVinoDialect:
             products = products - planes.weight.sum(1, dtype=torch.float32) * planes.gain * (zero * scale)
         total = planes.total(products, codes.dim() - 1)
         return total if bias is None else total + bias
-
-    def product(self, left: Codes, right: Codes, scale: float) -> Tensor:
-        """Not written: OpenVINO joins an attention to one snippet, and has too few registers for some that quantize so."""
-        raise NotImplementedError
 
 
 def require() -> None:

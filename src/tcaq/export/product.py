@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from tcaq.export.standin import Dialect, Grid, Steps
+from tcaq.export.standin import Dialect, Grid, ProductDialect, Steps
 from tcaq.layers.product import QuantizedProduct
 from tcaq.quantizers.affine import AffineQuantizer
 from tcaq.quantizers.mixed import MixedProbabilityQuantizer
@@ -19,7 +19,7 @@ class ProductStandIn(nn.Module):
 
     is_float = False
 
-    def __init__(self, product: QuantizedProduct, dialect: Dialect, steps: Steps) -> None:
+    def __init__(self, product: QuantizedProduct, dialect: ProductDialect, steps: Steps) -> None:
         super().__init__()
         self.dialect = dialect
         self.left = _grid(cast("AffineQuantizer | ProbabilityQuantizer", product.left_quantizer), dialect, steps, False)

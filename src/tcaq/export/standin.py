@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, cast
+from typing import Any, Protocol, Self, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,6 @@ from tcaq.quantizers.mixed import MixedQuantizer
 
 class Dialect(Protocol):
     """How a target format writes integer arithmetic. Whatever it says of a zero point is in its own type, see `zeros`."""
-
-    multiplies: bool
-    """Whether products of two activations are written in integers, too."""
 
     def prepare(self, denoiser: nn.Module) -> None:
         """Bring a denoiser's other parts into the form that suits the format, in place."""
@@ -51,6 +48,11 @@ class Dialect(Protocol):
         self, codes: Tensor, zero: Tensor | None, scale: Tensor, rows: nn.Module, bias: Tensor | None = None
     ) -> Tensor:
         """`Σ weight (code - zero point) * scale + bias` in float."""
+
+
+@runtime_checkable
+class ProductDialect(Dialect, Protocol):
+    """One that also multiplies two activations in integers."""
 
     def product(self, left: Codes, right: Codes, scale: float) -> Tensor:
         """Products of two activations' rows and columns, times `scale`, in float."""

@@ -13,7 +13,7 @@ from tcaq.export.parts import plain_norms, plain_upsampling
 from tcaq.export.positions import free_positions
 from tcaq.export.probability import probability_stand_in
 from tcaq.export.product import ProductStandIn, is_even
-from tcaq.export.standin import ConvStandIn, Dialect, LinearStandIn, StandIn, Steps
+from tcaq.export.standin import ConvStandIn, Dialect, LinearStandIn, ProductDialect, StandIn, Steps
 from tcaq.export.token import TokenStandIn
 from tcaq.layers.conv import QuantizedConv2d
 from tcaq.layers.insert import quantized_layers, replace
@@ -46,7 +46,7 @@ class Traceable(nn.Module):
         for name, layer in list(quantized_layers(self.denoiser)):
             if isinstance(layer, QuantizedWeight):
                 replace(self.denoiser, name, stand_in(layer, dialect, steps))
-            elif dialect.multiplies and is_even(layer):
+            elif isinstance(dialect, ProductDialect) and is_even(layer):
                 replace(self.denoiser, name, ProductStandIn(layer, dialect, steps))
             else:
                 _follow(layer, steps)
