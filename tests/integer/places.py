@@ -5,6 +5,7 @@ Without a GPU, Triton's interpreter runs its programs (tests/conftest.py asks fo
 
 from __future__ import annotations
 
+import shutil
 from importlib.util import find_spec
 
 import pytest
@@ -13,14 +14,17 @@ import torch
 from tcaq.integer.cpu import CPU
 from tcaq.integer.cuda import CUDA
 from tcaq.integer.cuda_triton import TRITON
+from tcaq.integer.native.kernels import COMPILED
 
 GPU = torch.cuda.is_available()
 HERE = "cuda" if GPU else "cpu"
 """Where Triton's programs run."""
 ON_GPU = pytest.mark.skipif(not GPU, reason="no CUDA device: the same arithmetic is tested on the CPU")
 WITH_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+WITH_COMPILER = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 PLACES = [
     pytest.param((CPU, "cpu"), id="cpu"),
+    pytest.param((COMPILED, "cpu"), id="cpu, compiled", marks=WITH_COMPILER),
     pytest.param((CUDA, "cpu"), id="cuda's arithmetic on the CPU"),
     pytest.param((CUDA, "cuda"), id="cuda", marks=ON_GPU),
     pytest.param((TRITON, HERE), id="triton" if GPU else "triton, interpreted", marks=WITH_TRITON),

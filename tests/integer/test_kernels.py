@@ -95,7 +95,7 @@ def test_the_trial_finds_clipped_sums(span: Span, fits: bool) -> None:
     def make(given: Weights):
         w = given.codes
         return lambda x, grid, dtype: (
-            clipped(grid.codes(x).int(), w.int()) - grid.zero_point * w.sum(1, dtype=torch.int32)
+            clipped(grid.codes(x, -1).int(), w.int()) - grid.zero_point * w.sum(1, dtype=torch.int32)
         ).to(dtype)
 
     problem = trial.compare(make, weight, codes, lambda zero: (codes.double() - zero) @ weight.double().T, span)

@@ -81,7 +81,14 @@ def check(
     backend, device = place
     layer, x = layer.to(device), x.to(device)
     layer.input_quantizer.clock.set(when.to(device))
-    found = integer_layer(layer, backend)(x)
+    integer = integer_layer(layer, backend)
+    found = integer(x)
+    if x.dim() == 4 and isinstance(
+        layer, nn.Conv2d
+    ):  # some kernels take another way where channels lie beside each other
+        torch.testing.assert_close(
+            integer(x.contiguous(memory_format=torch.channels_last)), found, rtol=1e-5, atol=1e-5
+        )
     hat, weight = layer.quantized_input(x).double(), layer.quantized_weight(torch.float32).double()
     if x.dtype != torch.float32:  # whose fake layer rounds its codes' values, too
         hat = layer.quantized_input(x.float()).double()
@@ -101,7 +108,7 @@ def test_a_convolution_equals_its_fake_one(options: dict[str, Any], bits: tuple[
     torch.manual_seed(0)
     layer = quantized(nn.Conv2d(6, 8, 3, **options), AffineGrid(bits=bits[0]), AffineGrid(bits=bits[1]))
     if layer.groups > 1 and place[0] is not CPU:
-        with pytest.raises(NoKernel, match="in 2 groups has no integer kernel on a GPU"):
+        with pytest.raises(NoKernel, match="in 2 groups has no"):
             integer_layer(layer, place[0])
     else:
         check(layer, torch.randn(3, 6, 9, 9), place, when)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from tcaq.integer import cpu, product, trial
+from tcaq.integer.backend import Backend
+from tcaq.integer.native.kernels import COMPILED
 from tcaq.integer.product import IntegerProduct
 from tcaq.layers.product import QuantizedProduct
 from tcaq.quantizers.clock import StepClock
@@ -16,6 +20,7 @@ from tcaq.spec.plan import LayerGrids
 from tcaq.spec.steps import StepGroups
 
 TIMES = {"one group": torch.tensor([900]), "mixed": torch.tensor([10, 900, 20])}
+BACKENDS = [cpu.CPU] if COMPILED.missing() else [cpu.CPU, COMPILED]
 WHEN = pytest.mark.parametrize("when", TIMES.values(), ids=TIMES.keys())
 GRIDS = [
     AffineGrid(bits=4),
@@ -41,17 +46,20 @@ def spread(quantizer, zeros: tuple[float, float]) -> None:
     quantizer.set_rows(torch.tensor([4.1, 5.7]) / (high - low), low + (torch.tensor(zeros) * (high - low)).round())
 
 
-def lowered(layer: QuantizedProduct) -> IntegerProduct:
-    return IntegerProduct(layer, cpu.product, cpu.float_product)
+def lowered(layer: QuantizedProduct, backend: Backend = cpu.CPU) -> IntegerProduct:
+    return IntegerProduct(layer, backend)
 
 
 @torch.no_grad()
 def check(layer: QuantizedProduct, left: Tensor, right: Tensor, when: Tensor, scale: float) -> None:
     layer.operands["left"].clock.set(when)
-    fake, found = layer(left, right, scale=scale), lowered(layer)(left, right, scale=scale)
+    fake = layer(left, right, scale=scale)
     hats = (quantizer(x).double().abs() for quantizer, x in zip(layer.operands.values(), (left, right), strict=True))
-    assert (found.shape, found.dtype) == (fake.shape, fake.dtype)
-    assert ((found.double() - fake.double()).abs() <= 1e-6 * (torch.matmul(*hats) * scale + 1)).all()
+    bound = 1e-6 * (torch.matmul(*hats) * scale + 1)
+    for backend in BACKENDS:
+        found = lowered(layer, backend)(left, right, scale=scale)
+        assert (found.shape, found.dtype) == (fake.shape, fake.dtype)
+        assert ((found.double() - fake.double()).abs() <= bound).all()
 
 
 def tokens(*shape: int, heads: int = 2) -> Tensor:
@@ -105,8 +113,9 @@ def test_where_a_group_has_a_log2_grid_it_is_float_as_before(size: int, when: Te
 def test_even_groups_of_such_a_product_are_in_integers() -> None:
     layer = products("mix", AdaptiveGrid(bits=4), AffineGrid(bits=8))
     layer.left_quantizer.set_rows(torch.full((2,), 0.05), torch.ones(2), torch.tensor([False, True]))
-    integer, met = lowered(layer), []
-    integer._multiply = lambda *given: met.append(given) or cpu.product(*given)
+    met = []
+    counting = replace(cpu.CPU, product=lambda *given: met.append(given) or cpu.product(*given))
+    integer = lowered(layer, counting)
     for when, count in ((10.0, 1), (900.0, 1)):
         layer.left_quantizer.clock.set(when)
         integer(torch.rand(1, 1, 4, 5), torch.randn(1, 1, 5, 6))
@@ -115,8 +124,7 @@ def test_even_groups_of_such_a_product_are_in_integers() -> None:
 
 def test_sums_that_may_not_fit_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = products("scores", AffineGrid(bits=8), AffineGrid(bits=8))
-    integer = lowered(layer)
-    integer._multiply = None
+    integer = lowered(layer, replace(cpu.CPU, product=None))
     monkeypatch.setattr(product, "MOST_TERMS", 11)
     left, right = tokens(3, 10, 12), tokens(3, 7, 12).transpose(-1, -2)
     assert torch.equal(integer(left, right), layer(left, right))
@@ -146,8 +154,9 @@ def test_the_kernel_adds_and_scales_whole_numbers(shape: tuple[int, int, int, in
     left, right = trial.extremes((n, rows, inner), -128, 127), trial.extremes((n, columns, inner), -128, 127)
     right = right.mT if transposed else right.mT.contiguous()
     row, column = torch.randint(-(10**6), 10**6, (n, rows, 1)), torch.randint(-(10**6), 10**6, (n, 1, columns))
-    found = cpu.product(left.to(torch.int8), right.to(torch.int8), row.int(), column.int(), 0.25)
-    assert torch.equal(found.double(), 0.25 * (left.double() @ right.double() + row + column))
+    for backend in BACKENDS:
+        found = backend.product(left.to(torch.int8), right.to(torch.int8), row.int(), column.int(), 0.25)
+        assert torch.equal(found.double(), 0.25 * (left.double() @ right.double() + row + column))
 
 
 def test_the_trial_of_a_product_finds_clipped_sums_and_refusals() -> None:

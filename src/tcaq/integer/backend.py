@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from tcaq.numerics.bytes import byte_codes
+from tcaq.integer.before import NormedSilu
+from tcaq.numerics.bytes import byte_codes, signed_bytes
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class InputGrid:
 
     Attributes: scale, zero_point: numbers, or float32 [..., 1] with a row for each token of a linear layer's input; equalizer:
         float32 [in channels], TCR's r; top: the largest code; owned: whether inputs may be overwritten on the way, since nobody
-        else needs them.
+        else needs them; before: what inputs go through first, for kernels that fuse it, or None.
     """
 
     scale: float | Tensor
@@ -25,26 +27,50 @@ class InputGrid:
     equalizer: Tensor
     top: int
     owned: bool = False
+    before: NormedSilu | None = None
 
-    def codes(self, x: Tensor, shape: Sequence[int] = (-1,)) -> Tensor:
+    def codes(self, x: Tensor, axis: int) -> Tensor:
         """Codes of x, uint8; the division is the fake quantizer's, so that the codes are, too.
 
-        Args: shape: of the equalizer, to be broadcast against x.
+        Args: axis: along which x has its channels.
         """
-        divisor = self.scale * self.equalizer.reshape(shape)
-        units = x.div_(divisor) if self.owned and x.dtype == divisor.dtype else x / divisor
+        owned = self.owned
+        if self.before is not None:
+            x, owned = self.before(x, owned), True
+        divisor = self.scale * self.equalizer.reshape(-1, *[1] * (x.dim() - 1 - axis % x.dim()))
+        units = x.div_(divisor) if owned and x.dtype == divisor.dtype else x / divisor
         return byte_codes(units, self.zero_point, self.top)
 
 
 Kernel = Callable[[Tensor, InputGrid, torch.dtype], Tensor]
 """A float input [batch, in, height, width] or [..., in], its grid, and the dtype to put out -> the layer's output."""
 
+
+class FusingKernel(Protocol):
+    """A Kernel that does what comes before the quantization of some inputs in one with it."""
+
+    def __call__(self, x: Tensor, grid: InputGrid, dtype: torch.dtype) -> Tensor:
+        """See Kernel."""
+
+    def fuses(self, x: Tensor) -> bool:
+        """Whether x is such an input."""
+
+
 Product = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, float], Tensor]
 """Signed bytes a int8 [n, rows, inner] and b int8 [n, inner, columns], what to add to the sums of each row and column, int32 [n,
 rows, 1] and [n, 1, columns] or None, and the scale of all sums -> `(a @ b + row + column) * scale`, float32 [n, rows, columns]."""
 
+SignedEncoder = Callable[[Tensor, float, int, int, int], Tensor]
+"""x, float [...], its scale, zero point, and the lowest and highest code, all within a signed byte -> `clamp(round(x / scale) +
+zero_point, low, high)`, int8 in the memory format of x."""
+
 FloatProduct = Callable[[Tensor, Tensor], Tensor]
 """Float32 matrices [n, rows, inner] and [n, inner, columns] -> [n, rows, columns]."""
+
+
+def signed_codes(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
+    """A SignedEncoder of PyTorch's operations."""
+    return signed_bytes(x.float() / scale, zero_point, low, high)
 
 
 @dataclass(frozen=True)
@@ -91,7 +117,8 @@ class Backend:
 
     Attributes: missing: why nothing can run there, or None; conv, linear: build a kernel; conv_problem, linear_problem: why a
         weight of a shape cannot run exactly with such numbers, or None; adds_rest: whether kernels take weights with a rest;
-        product, product_problem: the same for matrices that are both activations, of any shape; float_product: of floats.
+        product, product_problem: the same for matrices that are both activations, of any shape; float_product: of floats;
+        signed: makes codes of activations for `product`.
     """
 
     missing: Callable[[], str | None]
@@ -103,3 +130,4 @@ class Backend:
     product: Product | None = None
     product_problem: Callable[[], str | None] = lambda: "products of two activations have no integer kernel"
     float_product: FloatProduct = torch.bmm
+    signed: SignedEncoder = signed_codes

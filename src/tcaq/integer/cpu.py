@@ -54,10 +54,13 @@ class CpuConv:
 
     def __call__(self, x: Tensor, grid: InputGrid, dtype: torch.dtype) -> Tensor:
         """Convolve float [batch, in, height, width]."""
-        codes = grid.codes(x, (1, -1, 1, 1)).contiguous(memory_format=torch.channels_last)
+        return self.multiply(grid.codes(x, 1), grid, dtype)
+
+    def multiply(self, codes: Tensor, grid: InputGrid, dtype: torch.dtype) -> Tensor:
+        """Convolve codes, uint8 [batch, in, height, width]."""
         result: Tensor = torch.ops.onednn.qconv2d_pointwise(
-            codes, grid.scale, grid.zero_point, self.packed, self.scale, self.zeros, self.bias, *self.geometry.arguments,
-            1.0, 0, _output(dtype), "none", [], "",
+            codes.contiguous(memory_format=torch.channels_last), grid.scale, grid.zero_point, self.packed, self.scale,
+            self.zeros, self.bias, *self.geometry.arguments, 1.0, 0, _output(dtype), "none", [], "",
         )  # fmt: skip
         return result.to(dtype)
 
@@ -73,13 +76,16 @@ class CpuLinear:
 
     def __call__(self, x: Tensor, grid: InputGrid, dtype: torch.dtype) -> Tensor:
         """Multiply float [..., in]."""
-        codes = grid.codes(x)
+        return self.multiply(grid.codes(x, -1), grid, dtype)
+
+    def multiply(self, codes: Tensor, grid: InputGrid, dtype: torch.dtype) -> Tensor:
+        """Multiply codes, uint8 [..., in]."""
         rows = codes.reshape(-1, codes.shape[-1])
         if isinstance(grid.scale, Tensor):
             result = self._by_token(rows, grid).to(dtype)
         else:
             result = self._product(rows, grid.scale, grid.zero_point, self.bias, dtype)
-        return result.reshape(*x.shape[:-1], -1)
+        return result.reshape(*codes.shape[:-1], -1)
 
     def _by_token(self, rows: Tensor, grid: InputGrid) -> Tensor:
         """The op takes one zero point for all rows. It is given the middle code m, and what a token's own zero point z adds,
@@ -119,7 +125,7 @@ def linear_problem(shape: tuple[int, ...], span: Span) -> str | None:
 
 def product(left: Tensor, right: Tensor, row: Tensor | None, column: Tensor | None, scale: float) -> Tensor:
     """See `backend.Product`. One matrix after another, so that its sums stay in the cache until they are scaled."""
-    left, right = _dense(left), _dense(right)
+    left, right = dense(left), dense(right)
     result = torch.empty(*left.shape[:2], right.shape[2])
     sums = torch.empty(*result.shape[1:], dtype=torch.int32)
     for i in range(len(left)):
@@ -149,7 +155,7 @@ def _has_linear() -> bool:
     return packet is not None and [argument.name for argument in packet.default._schema.arguments] == expected
 
 
-def _dense(matrices: Tensor) -> Tensor:
+def dense(matrices: Tensor) -> Tensor:
     """Matrices without gaps, by rows or by columns."""
     return matrices if matrices.mT.is_contiguous() else matrices.contiguous()
 

@@ -77,7 +77,7 @@ class CudaLinear:
 
     def __call__(self, x: Tensor, grid: InputGrid, dtype: torch.dtype) -> Tensor:
         """Multiply float [..., in]."""
-        codes = signed(grid.codes(x)).reshape(-1, x.shape[-1])
+        codes = signed(grid.codes(x, -1)).reshape(-1, x.shape[-1])
         scale, zero = grid.scale, grid.zero_point
         if isinstance(scale, Tensor):
             scale, zero = scale.reshape(-1, 1), torch.as_tensor(zero).reshape(-1, 1).int()
@@ -93,7 +93,7 @@ class CudaConv:
 
     def __call__(self, x: Tensor, grid: InputGrid, dtype: torch.dtype) -> Tensor:
         """Convolve float [batch, in, height, width]."""
-        codes, zero = signed(grid.codes(x, (1, -1, 1, 1))), int(grid.zero_point) - MIDDLE
+        codes, zero = signed(grid.codes(x, 1)), int(grid.zero_point) - MIDDLE
         found = windows(codes.permute(0, 2, 3, 1), self.kernel, self.geometry, zero)
         result = self.matrix(found.flatten(0, 2), float(grid.scale), zero, dtype)
         image: Tensor = result.unflatten(0, found.shape[:3]).permute(0, 3, 1, 2)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from tcaq.errors import CheckpointError
-from tcaq.integer.backend import InputGrid, Kernel
+from tcaq.integer.backend import FusingKernel, InputGrid, Kernel
+from tcaq.integer.before import NormedSilu
 from tcaq.integer.steps import by_group, step_rows
 from tcaq.layers.conv import QuantizedConv2d
 from tcaq.layers.linear import QuantizedLinear
@@ -46,6 +47,7 @@ class IntegerLayer(Moded, nn.Module):
         """Args: adds_rest: whether the kernel adds what `codes` have beside their planes."""
         super().__init__()
         self._kernel = kernel
+        self._fusing = cast(FusingKernel, kernel) if hasattr(kernel, "fuses") else None
         quantizer, weight = layer.input_quantizer, layer.weight_quantizer
         self.top = quantizer.high - quantizer.low
         self.planes = len(codes.planes)
@@ -119,18 +121,26 @@ class SteppedLayer(IntegerLayer):
         """The denoiser's clock."""
         return self._clock[0]
 
-    def forward(self, x: Tensor, owned: bool = False) -> Tensor:
-        """Multiply `x`, float [batch, ...], which may be overwritten if it is `owned`: needed nowhere else.
+    def forward(self, x: Tensor, owned: bool = False, before: NormedSilu | None = None) -> Tensor:
+        """Multiply `x`, float [batch, ...], or what `before` makes of it.
 
+        Args: owned: whether x may be overwritten, since it is needed nowhere else.
         Raises: CheckpointError in float mode or on another device.
         """
         self.check(x)
-        return by_group(step_rows(self.clock), lambda x, group: self._run(x, group, owned), x)
+        rows = step_rows(self.clock)
+        if before is not None and not (len(set(rows)) == 1 and self._fuses(x)):
+            x, owned, before = before(x, owned), True, None
+        return by_group(rows, lambda x, group: self._run(x, group, owned, before), x)
 
-    def _run(self, x: Tensor, group: int, owned: bool) -> Tensor:
+    def _fuses(self, x: Tensor) -> bool:
+        """Whether the kernel does what comes before the quantization of x."""
+        return self._fusing is not None and self._fusing.fuses(x)
+
+    def _run(self, x: Tensor, group: int, owned: bool, before: NormedSilu | None) -> Tensor:
         """The layer on samples that are all in one step group."""
-        grid = InputGrid(self._scales[group], self._zero_points[group], self.equalizer, self._tops[group], owned)
-        return self._multiply(x, grid)
+        scale, zero_point, top = self._scales[group], self._zero_points[group], self._tops[group]
+        return self._multiply(x, InputGrid(scale, zero_point, self.equalizer, top, owned, before))
 
 
 class IntegerConv2d(SteppedLayer):
@@ -146,10 +156,13 @@ class IntegerConv2d(SteppedLayer):
         self._padded = list(padded)
         self._padding_mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
 
-    def _run(self, x: Tensor, group: int, owned: bool) -> Tensor:
+    def _fuses(self, x: Tensor) -> bool:
+        return not any(self._padded) and super()._fuses(x)
+
+    def _run(self, x: Tensor, group: int, owned: bool, before: NormedSilu | None) -> Tensor:
         if any(self._padded):
             x, owned = pad(x, self._padded, mode=self._padding_mode), True
-        return super()._run(x, group, owned)
+        return super()._run(x, group, owned, before)
 
 
 class IntegerLinear(SteppedLayer):

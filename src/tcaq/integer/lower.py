@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -13,12 +13,13 @@ from torch import nn
 
 from tcaq.allocator import release_freed_memory
 from tcaq.errors import UsageError
-from tcaq.integer.backend import Backend, Product
+from tcaq.integer.backend import Backend
 from tcaq.integer.block import keep_blocks_in_place
 from tcaq.integer.build import NoKernel, integer_layer
 from tcaq.integer.cpu import CPU
 from tcaq.integer.cuda import CUDA
 from tcaq.integer.cuda_triton import TRITON
+from tcaq.integer.native.kernels import COMPILED
 from tcaq.integer.norm import keep_token_layout
 from tcaq.integer.product import IntegerProduct, product_clock, uneven_groups
 from tcaq.layers.insert import quantized_layers, replace
@@ -28,7 +29,7 @@ from tcaq.layers.weighted import QuantizedWeight
 from tcaq.models.denoiser import find_denoiser
 from tcaq.models.quantizer import TcaqQuantizer
 
-BACKENDS = {"cpu": (CPU,), "cuda": (TRITON, CUDA)}
+BACKENDS = {"cpu": (COMPILED, CPU), "cuda": (TRITON, CUDA)}
 """Kernels of each kind of device, the fastest first: a layer takes the first that run it exactly."""
 Products = Literal["plan", "fused"]
 Execution = Literal["integer", "fake", "float"]
@@ -47,9 +48,10 @@ class LayerExecution:
 
 @dataclass(frozen=True)
 class Lowering:
-    """What became of every quantized layer, in the model's order."""
+    """What became of every quantized layer, in the model's order, and why faster kernels of the device were not there."""
 
     layers: tuple[LayerExecution, ...]
+    missing: tuple[str, ...] = ()
 
     @property
     def kept(self) -> tuple[LayerExecution, ...]:
@@ -57,12 +59,12 @@ class Lowering:
         return tuple(layer for layer in self.layers if layer.execution != "integer")
 
     def summary(self) -> str:
-        """A line of counts, then a line for each reason with the layers that it holds for."""
+        """A line of counts, then a line for each reason with the layers that it holds for, then what would make it faster."""
         lines = [f"{len(self.layers) - len(self.kept)} of {len(self.layers)} quantized layers run in integers"]
         for reason in dict.fromkeys((layer.execution, layer.reason) for layer in self.kept):
             names = [layer.name for layer in self.kept if (layer.execution, layer.reason) == reason]
             lines.append(f"{len(names)} {reason[0]}, {reason[1]}: {', '.join(names)}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"faster kernels are missing: {problem}" for problem in self.missing)])
 
 
 class LoweredQuantizer(TcaqQuantizer):
@@ -78,7 +80,7 @@ class LoweredQuantizer(TcaqQuantizer):
         )
 
 
-def lower(pipe: DiffusionPipeline, products: Products = "plan") -> Lowering:
+def lower(pipe: DiffusionPipeline, products: Products = "plan", compiled: bool = True) -> Lowering:
     """Let a quantized pipeline compute in integers, in place, on the device where its denoiser is.
 
     Codes are unpacked once into what the device's kernels multiply, and dropped; no float copy of a weight is left of the
@@ -86,7 +88,9 @@ def lower(pipe: DiffusionPipeline, products: Products = "plan") -> Lowering:
     can run, everything stays and one warning says so.
 
     Args: pipe: loaded from a checkpoint, or quantized in memory; products: what becomes of the products in attention: `plan`,
-        quantized as the plan says, in integers where both grids are even; `fused`, not quantized, in PyTorch's fused attention.
+        quantized as the plan says, in integers where both grids are even; `fused`, not quantized, in PyTorch's fused attention;
+        compiled: whether what stands between a CPU's kernels is compiled C where there is a compiler (the environment variable CC,
+        else `cc`; it takes a second or two, once on a machine), not PyTorch's operations.
     Raises: UsageError if the pipeline is not quantized.
     """
     denoiser = find_denoiser(pipe)[1]
@@ -96,7 +100,8 @@ def lower(pipe: DiffusionPipeline, products: Products = "plan") -> Lowering:
             f"the denoiser of this {type(pipe).__name__} is not quantized (or lowered already); nothing to lower"
         )
     device = next(denoiser.parameters()).device.type
-    problems = {backend: backend.missing() for backend in BACKENDS.get(device, ())}
+    backends = [backend for backend in BACKENDS.get(device, ()) if compiled or backend is not COMPILED]
+    problems = {backend: backend.missing() for backend in backends}
     usable = [backend for backend, problem in problems.items() if problem is None]
     if not usable:
         problem = "; ".join(map(str, problems.values())) or f"tcaq has no integer kernels for the device {device!r}"
@@ -113,7 +118,7 @@ def lower(pipe: DiffusionPipeline, products: Products = "plan") -> Lowering:
     keep_blocks_in_place(denoiser)
     if quantizer is not None:
         denoiser.hf_quantizer = LoweredQuantizer(quantizer.quantization_config)
-    return Lowering(tuple(done))
+    return Lowering(tuple(done), tuple(problem for problem in problems.values() if problem is not None))
 
 
 def _lower(
@@ -141,7 +146,7 @@ def _lower_product(
     usable = [backend for backend, problem in problems.items() if problem is None]
     if not usable:
         return LayerExecution(name, "fake", "; ".join(dict.fromkeys(map(str, problems.values()))))
-    replace(denoiser, name, IntegerProduct(layer, cast(Product, usable[0].product), usable[0].float_product))
+    replace(denoiser, name, IntegerProduct(layer, usable[0]))
     uneven, count = len(uneven_groups(layer)), product_clock(layer).count
     if uneven:
         return LayerExecution(name, "fake", f"{LOG2}, as they are in {uneven} of {count} step groups")

@@ -9,11 +9,10 @@ from typing import Self, cast
 import torch
 from torch import Tensor
 
-from tcaq.integer.backend import FloatProduct, Product
+from tcaq.integer.backend import Backend, Product, SignedEncoder
 from tcaq.integer.steps import by_group, step_rows
 from tcaq.layers.modes import Mode
 from tcaq.layers.product import OperandQuantizer, QuantizedProduct
-from tcaq.numerics.bytes import signed_bytes
 from tcaq.quantizers.affine import AffineQuantizer
 from tcaq.quantizers.clock import StepClock
 from tcaq.quantizers.mixed import row_widths
@@ -26,9 +25,9 @@ MOST_TERMS = (2**31 - 1) // 255**2
 
 @dataclass(frozen=True)
 class Rows:
-    """The even grid of an operand in each step group: scales float32 [groups]; as numbers, zero points and largest codes."""
+    """The even grid of an operand in each step group: scales, zero points and largest codes."""
 
-    scale: Tensor
+    scales: list[float]
     zero_points: list[int]
     tops: list[int]
 
@@ -38,14 +37,13 @@ class Rows:
         zero_points = torch.zeros_like(quantizer.scale, dtype=torch.int64)
         if isinstance(quantizer, AffineQuantizer):
             zero_points += quantizer.zero_point - quantizer.limits[0]
-        return cls(quantizer.scale, zero_points.tolist(), (2 ** row_widths(quantizer) - 1).tolist())
+        return cls(quantizer.scale.tolist(), zero_points.tolist(), (2 ** row_widths(quantizer) - 1).tolist())
 
-    def codes(self, x: Tensor, group: int) -> tuple[Tensor, int]:
+    def codes(self, x: Tensor, group: int, encode: SignedEncoder) -> tuple[Tensor, int]:
         """x in signed bytes, int8, and what each lacks to its distance from the zero point: nothing, if all of these fit a byte."""
         zero, top = self.zero_points[group], self.tops[group]
         shift = zero if zero <= MIDDLE and top - zero < MIDDLE else MIDDLE
-        units = x / self.scale[group : group + 1]
-        return signed_bytes(units, zero - shift, -shift, top - shift), shift - zero
+        return encode(x, self.scales[group], zero - shift, -shift, top - shift), shift - zero
 
 
 class IntegerProduct(QuantizedProduct):
@@ -55,14 +53,14 @@ class IntegerProduct(QuantizedProduct):
     multiplies, in float.
     """
 
-    def __init__(self, layer: QuantizedProduct, multiply: Product, multiply_floats: FloatProduct) -> None:
-        """Args: layer: with quantizers, which are taken over; multiply, multiply_floats: see Backend."""
+    def __init__(self, layer: QuantizedProduct, backend: Backend) -> None:
+        """Args: layer: with quantizers, which are taken over; backend: that has products."""
         super().__init__(None, product_clock(layer))
         self.left_quantizer, self.right_quantizer = layer.left_quantizer, layer.right_quantizer
         left, right = layer.operands.values()
         self._rows = Rows.of(left), Rows.of(right)
         self._uneven = frozenset(uneven_groups(layer))
-        self._multiply, self._multiply_floats = multiply, multiply_floats
+        self._backend = backend
 
     def forward(self, left: Tensor, right: Tensor, *, scale: float = 1.0) -> Tensor:
         """`left @ right * scale`, in the operands' dtype."""
@@ -76,19 +74,22 @@ class IntegerProduct(QuantizedProduct):
 
     def _integer(self, scale: float, left: Tensor, right: Tensor, group: int) -> Tensor:
         """On samples that are all in one step group."""
-        (a, to_a), (b, to_b) = (rows.codes(x, group) for rows, x in zip(self._rows, (left, right), strict=True))
+        (a, to_a), (b, to_b) = (
+            rows.codes(x, group, self._backend.signed) for rows, x in zip(self._rows, (left, right), strict=True)
+        )
         a, b = a.flatten(0, -3), b.flatten(0, -3)
         # (a + to_a) (b + to_b), of which the kernel adds up a b
         row = to_b * (_sums(a, -1) + to_a * a.shape[-1]) if to_b else None
         column = to_a * _sums(b, -2) if to_a else None
-        step = scale * math.prod(float(rows.scale[group]) for rows in self._rows)
-        result: Tensor = self._multiply(a, b, row, column, step).unflatten(0, left.shape[:-2]).to(left.dtype)
+        multiply = cast(Product, self._backend.product)
+        step = scale * math.prod(rows.scales[group] for rows in self._rows)
+        result: Tensor = multiply(a, b, row, column, step).unflatten(0, left.shape[:-2]).to(left.dtype)
         return result
 
     def _float(self, left: Tensor, right: Tensor, scale: float) -> Tensor:
         """What the fake layer multiplies, float32."""
         hats = [quantizer(x).flatten(0, -3) for quantizer, x in zip(self.operands.values(), (left, right), strict=True)]
-        product: Tensor = self._multiply_floats(hats[0], hats[1]).unflatten(0, left.shape[:-2])
+        product: Tensor = self._backend.float_product(hats[0], hats[1]).unflatten(0, left.shape[:-2])
         return product if scale == 1 else product * scale
 
 

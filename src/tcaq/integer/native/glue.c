@@ -1,0 +1,207 @@
+/* What stands between integer kernels, each in one pass over an activation whose channels lie beside each other.
+
+   Written for a compiler's vectorizer: plain loops over channels. Divisions are divisions, and whole numbers come from rintf, which
+   rounds halves to even, as PyTorch does. Threads are PyTorch's, of whose OpenMP this is linked to the same library. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define ALONE 16384 /* values that one thread is done with before another has begun */
+
+/* How inputs become codes, `clamp(round(x / (scale * equalizer)) + zero_point, low, top)`; equalizer: [channels]. */
+typedef struct {
+    const float *equalizer;
+    float scale, zero_point, low, top;
+} Grid;
+
+/* A group norm; weight, bias: [channels]; added: [images, channels], what each pixel is given before, or NULL. */
+typedef struct {
+    const float *weight, *bias, *added;
+    int64_t groups;
+    double eps;
+} Norm;
+
+/* How a window slides over an image of height by width. */
+typedef struct {
+    int64_t height, width, kernel_height, kernel_width, down, right, top, left, step_down, step_right;
+} Window;
+
+static inline int32_t code(float units, Grid grid) {
+    float code = rintf(units) + grid.zero_point;
+    code = code < grid.low ? grid.low : code;
+    code = code > grid.top ? grid.top : code;
+    return (int32_t)code;
+}
+
+/* e^x to about one unit in the last place (Cephes' polynomial), for x in what float32 can hold; beyond, what is next to it. */
+static inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    float twos = rintf(x * 1.44269504088896341f);
+    float rest = x - twos * 0.693359375f + twos * 2.12194440e-4f;
+    float power = 1.9875691500e-4f;
+    power = power * rest + 1.3981999507e-3f;
+    power = power * rest + 8.3334519073e-3f;
+    power = power * rest + 4.1665795894e-2f;
+    power = power * rest + 1.6666665459e-1f;
+    power = power * rest + 5.0000001201e-1f;
+    power = power * rest * rest + rest + 1.0f;
+    int32_t bits = ((int32_t)twos + 127) << 23;
+    float scale;
+    memcpy(&scale, &bits, sizeof scale);
+    return power * scale;
+}
+
+/* Codes of one pixel, and their sum. A row at a time, by value: bytes may alias all that is behind a pointer, and what may change
+   is read again. */
+static int32_t encode_pixel(const float *restrict x, uint8_t *restrict codes, int64_t channels, Grid grid) {
+    const float *restrict equalizer = grid.equalizer;
+    int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t c = 0; c < channels; c++) {
+        int32_t own = code(x[c] / (grid.scale * equalizer[c]), grid);
+        codes[c] = (uint8_t)own;
+        sum += own;
+    }
+    return sum;
+}
+
+/* The same of silu(x * factor + shift). */
+static int32_t encode_normed_pixel(const float *restrict x, const float *restrict factor, const float *restrict shift,
+                                   uint8_t *restrict codes, int64_t channels, Grid grid) {
+    const float *restrict equalizer = grid.equalizer;
+    int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t c = 0; c < channels; c++) {
+        float y = x[c] * factor[c] + shift[c];
+        int32_t own = code(y / ((1.0f + exponential(-y)) * (grid.scale * equalizer[c])), grid);
+        codes[c] = (uint8_t)own;
+        sum += own;
+    }
+    return sum;
+}
+
+/* x: [rows, channels] -> codes of the same shape, in bytes that hold negative ones as two's complement, and the sums of rows where sums, [rows], is not NULL. */
+void encode(const float *x, uint8_t *codes, int32_t *sums, int64_t rows, int64_t channels, Grid grid, int32_t threads) {
+#pragma omp parallel for num_threads(threads) if (rows * channels > ALONE)
+    for (int64_t row = 0; row < rows; row++) {
+        int32_t sum = encode_pixel(x + row * channels, codes + row * channels, channels, grid);
+        if (sums)
+            sums[row] = sum;
+    }
+}
+
+/* The sum of sums, [height, width], over the window of the output pixel at row, column; less `absent` for each pixel of it inside the image. */
+static int32_t window_sum(const int32_t *sums, int64_t row, int64_t column, const Window *window, int32_t absent) {
+    int32_t total = 0;
+    for (int64_t i = 0; i < window->kernel_height; i++) {
+        int64_t y = row * window->down + i * window->step_down - window->top;
+        if (y < 0 || y >= window->height)
+            continue;
+        for (int64_t j = 0; j < window->kernel_width; j++) {
+            int64_t x = column * window->right + j * window->step_right - window->left;
+            if (x >= 0 && x < window->width)
+                total += sums[y * window->width + x] - absent;
+        }
+    }
+    return total;
+}
+
+/* out, [images, rows, columns, channels], += factors, [channels], times what each window sums up of sums, [images, height, width]. */
+void add_windows(float *out, const int32_t *sums, const float *factors, int64_t images, int64_t rows, int64_t columns, int64_t channels,
+                 Window window, int32_t absent, int32_t threads) {
+    int64_t pixels = rows * columns;
+#pragma omp parallel for num_threads(threads) if (images * pixels * channels > ALONE)
+    for (int64_t pixel = 0; pixel < images * pixels; pixel++) {
+        const int32_t *own = sums + pixel / pixels * window.height * window.width;
+        float sum = (float)window_sum(own, pixel % pixels / columns, pixel % columns, &window, absent);
+        float *restrict to = out + pixel * channels;
+#pragma omp simd
+        for (int64_t c = 0; c < channels; c++)
+            to[c] += sum * factors[c];
+    }
+}
+
+/* Sums of channels and of their squares over rows; sums: [2, channels]. */
+static void add_up(const float *restrict x, int64_t rows, int64_t channels, float *restrict sums) {
+    float *restrict squares = sums + channels;
+    memset(sums, 0, 2 * channels * sizeof *sums);
+    for (int64_t row = 0; row < rows; row++, x += channels) {
+#pragma omp simd
+        for (int64_t c = 0; c < channels; c++) {
+            sums[c] += x[c];
+            squares[c] += x[c] * x[c];
+        }
+    }
+}
+
+/* The norm of one image as `x * factor + shift`, from the sums of its parts, [parts, 2, channels]; affine: [2, channels].
+   What was added to each pixel, a, is in neither: sum(x + a) = sum(x) + n a, and likewise for the squares. */
+static void fold(const float *sums, int64_t parts, int64_t pixels, int64_t channels, const Norm *norm, const float *added, float *affine) {
+    int64_t each = channels / norm->groups;
+    for (int64_t first = 0; first < channels; first += each) {
+        double sum = 0, square = 0;
+        for (int64_t c = first; c < first + each; c++) {
+            double own = 0, squares = 0, more = added ? added[c] : 0;
+            for (int64_t part = 0; part < parts; part++) {
+                own += sums[(2 * part) * channels + c];
+                squares += sums[(2 * part + 1) * channels + c];
+            }
+            sum += own + pixels * more;
+            square += squares + 2 * more * own + pixels * more * more;
+        }
+        double count = (double)pixels * each, mean = sum / count, variance = square / count - mean * mean;
+        double inverse = 1 / sqrt((variance > 0 ? variance : 0) + norm->eps);
+        for (int64_t c = first; c < first + each; c++) {
+            double factor = inverse * norm->weight[c], more = added ? added[c] : 0;
+            affine[c] = (float)factor;
+            affine[channels + c] = (float)(norm->bias[c] + (more - mean) * factor);
+        }
+    }
+}
+
+/* Group norm, SiLU, then as `encode`; x: [images, pixels, channels]; space: [images * (parts + 1), 2, channels], overwritten. */
+void encode_normed(const float *x, uint8_t *codes, int32_t *sums, int64_t images, int64_t pixels, int64_t channels, Norm norm,
+                   Grid grid, float *space, int64_t parts, int32_t threads) {
+    int64_t each = (pixels + parts - 1) / parts, pair = 2 * channels;
+    float *affine = space + images * parts * pair;
+#pragma omp parallel num_threads(threads) if (images * pixels * channels > ALONE)
+    {
+#pragma omp for
+        for (int64_t part = 0; part < images * parts; part++) {
+            int64_t first = (part % parts) * each, last = first + each < pixels ? first + each : pixels;
+            add_up(x + (part / parts * pixels + first) * channels, last - first, channels, space + part * pair);
+        }
+#pragma omp for
+        for (int64_t image = 0; image < images; image++)
+            fold(space + image * parts * pair, parts, pixels, channels, &norm, norm.added ? norm.added + image * channels : 0,
+                 affine + image * pair);
+#pragma omp for
+        for (int64_t row = 0; row < images * pixels; row++) {
+            const float *factor = affine + row / pixels * pair;
+            int32_t sum = encode_normed_pixel(x + row * channels, factor, factor + channels, codes + row * channels, channels, grid);
+            if (sums)
+                sums[row] = sum;
+        }
+    }
+}
+
+/* (sums + row + column) * scale, of one matrix; row: [rows], column: [columns], each may be NULL. */
+void scale_sums(const int32_t *sums, const int32_t *row, const int32_t *column, float *out, int64_t rows, int64_t columns, float scale,
+                int32_t threads) {
+#pragma omp parallel for num_threads(threads) if (rows * columns > ALONE)
+    for (int64_t i = 0; i < rows; i++) {
+        const int32_t *restrict from = sums + i * columns;
+        float *restrict to = out + i * columns;
+        int32_t more = row ? row[i] : 0;
+        if (column)
+#pragma omp simd
+            for (int64_t j = 0; j < columns; j++)
+                to[j] = (float)(from[j] + more + column[j]) * scale;
+        else
+#pragma omp simd
+            for (int64_t j = 0; j < columns; j++)
+                to[j] = (float)(from[j] + more) * scale;
+    }
+}

@@ -1,0 +1,183 @@
+"""The compiled functions, from tensors to tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_double, c_float, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tcaq.integer.backend import Geometry, InputGrid, signed_codes
+from tcaq.integer.before import NormedSilu
+from tcaq.integer.cpu import dense
+from tcaq.integer.native.compiler import CompilerError, compiled
+
+SOURCE = Path(__file__).with_name("glue.c")
+PART = 128
+"""Pixels whose sums one thread finds before it looks for more."""
+
+
+class _Grid(ctypes.Structure):
+    _fields_ = (
+        ("equalizer", c_void_p),
+        ("scale", c_float),
+        ("zero_point", c_float),
+        ("low", c_float),
+        ("top", c_float),
+    )
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("added", c_void_p), ("groups", c_int64), ("eps", c_double))
+
+
+_SIZES = "height", "width", "kernel_height", "kernel_width"
+
+
+class _Window(ctypes.Structure):
+    _fields_ = tuple((name, c_int64) for name in (*_SIZES, "down", "right", "top", "left", "step_down", "step_right"))
+
+
+class NativeGlue:
+    """What stands between integer kernels in compiled C, each in one pass over an activation; a norm takes one more.
+
+    Division, rounding and clipping are the fake quantizer's to the bit; norm and SiLU are PyTorch's within float rounding.
+    """
+
+    def __init__(self, library: Path) -> None:
+        """Args: library: what `compiled` made of SOURCE."""
+        functions = ctypes.CDLL(str(library))
+        pointer, size = c_void_p, c_int64
+        self._encode = _function(functions.encode, pointer, pointer, pointer, size, size, _Grid, c_int32)
+        self._encode_normed = _function(
+            functions.encode_normed, *[pointer] * 3, *[size] * 3, _Norm, _Grid, pointer, size, c_int32
+        )
+        self._scale_sums = _function(functions.scale_sums, *[pointer] * 4, size, size, c_float, c_int32)
+        self._add_windows = _function(functions.add_windows, *[pointer] * 3, *[size] * 4, _Window, c_int32, c_int32)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied with a model, or sent to another process: what is compiled there."""
+        return native_glue, ()
+
+    def takes(self, x: Tensor, axis: int) -> bool:
+        """Whether x is in float32 on the CPU, its channels along `axis` beside each other."""
+        return x.dtype == torch.float32 and x.device.type == "cpu" and x.movedim(axis, -1).is_contiguous()
+
+    def encode(self, x: Tensor, grid: InputGrid, axis: int, summed: bool = False) -> tuple[Tensor, Tensor | None]:
+        """What `InputGrid.codes` gives, uint8 [...] in x's memory format, and the sums of codes over channels, int32 [...] without
+        `axis`, if they are asked for. An input that this does `takes` not goes PyTorch's way.
+        """
+        if not self.takes(x, axis) or isinstance(grid.scale, Tensor):
+            codes = grid.codes(x, axis)
+            return codes, codes.sum(axis, dtype=torch.int32) if summed else None
+        rows = x.movedim(axis, -1)
+        codes = torch.empty(rows.shape, dtype=torch.uint8)
+        sums = torch.empty(rows.shape[:-1], dtype=torch.int32) if summed else None
+        # what C is given addresses of is held by a name until the call is over
+        equalizer = grid.equalizer.contiguous()
+        own = _Grid(equalizer.data_ptr(), grid.scale, grid.zero_point, 0, grid.top)
+        given = rows.data_ptr(), codes.data_ptr(), None if sums is None else sums.data_ptr()
+        if grid.before is None:
+            self._encode(*given, *_size(rows), own, torch.get_num_threads())
+        else:
+            self._normed(given, rows.shape, grid.before, own)
+        return codes.movedim(-1, axis), sums
+
+    def _normed(self, given: tuple[int, int, int | None], shape: torch.Size, before: NormedSilu, grid: _Grid) -> None:
+        images, channels = shape[0], shape[-1]
+        pixels = shape[1:-1].numel()
+        parts = max(1, pixels // PART)
+        space = torch.empty(images * (parts + 1), 2, channels)
+        norm = before.norm
+        weight, bias = norm.weight.contiguous(), norm.bias.contiguous()
+        added = None if before.added is None else before.added.expand(images, channels).contiguous()
+        address = None if added is None else added.data_ptr()
+        own = _Norm(weight.data_ptr(), bias.data_ptr(), address, norm.num_groups, norm.eps)
+        self._encode_normed(
+            *given, images, pixels, channels, own, grid, space.data_ptr(), parts, torch.get_num_threads()
+        )
+
+    def add_windows(
+        self, x: Tensor, sums: Tensor, factors: Tensor, absent: int, kernel: Sequence[int], geometry: Geometry
+    ) -> None:
+        """Add to a convolution's output what constants in its weights, one for each output channel, would have made of its input.
+
+        Args: x: float32 [batch, out, rows, columns], channels beside each other, changed in place; sums: int32 [batch, height,
+            width], of the input's codes over channels; factors: float32 [out], the constants in the units of the output;
+            absent: what stands for nothing in these sums; kernel: height and width of the weight.
+        """
+        images, channels, rows, columns = x.shape
+        slide = (number for pair in (geometry.stride, geometry.padding, geometry.dilation) for number in pair)
+        sums = sums.contiguous()
+        window = _Window(*sums.shape[1:], *kernel, *slide)
+        addresses = (part.data_ptr() for part in (x, sums, factors))
+        self._add_windows(*addresses, images, rows, columns, channels, window, absent, torch.get_num_threads())
+
+    def signed(self, x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
+        """See `backend.SignedEncoder`."""
+        order = sorted(range(x.dim()), key=x.stride, reverse=True)
+        rows = x.permute(order)
+        if not self.takes(rows, -1):
+            return signed_codes(x, scale, zero_point, low, high)
+        codes, ones = torch.empty(rows.shape, dtype=torch.int8), torch.ones(rows.shape[-1])
+        grid = _Grid(ones.data_ptr(), scale, zero_point, low, high)
+        self._encode(rows.data_ptr(), codes.data_ptr(), None, *_size(rows), grid, torch.get_num_threads())
+        return codes.permute([order.index(dim) for dim in range(x.dim())])
+
+    def product(self, left: Tensor, right: Tensor, row: Tensor | None, column: Tensor | None, scale: float) -> Tensor:
+        """See `backend.Product`."""
+        left, right = dense(left), dense(right)
+        result = torch.empty(*left.shape[:2], right.shape[2])
+        sums = torch.empty(*result.shape[1:], dtype=torch.int32)
+        row, column = (None if more is None else more.contiguous() for more in (row, column))
+        for i in range(len(left)):
+            torch._int_mm(left[i], right[i], out=sums)
+            more = (None if part is None else part[i].data_ptr() for part in (row, column))
+            self._scale_sums(sums.data_ptr(), *more, result[i].data_ptr(), *_size(sums), scale, torch.get_num_threads())
+        return result
+
+
+def _function(function: Any, *arguments: Any) -> Any:
+    function.argtypes, function.restype = arguments, None
+    return function
+
+
+def _size(rows: Tensor) -> tuple[int, int]:
+    return rows.shape[:-1].numel(), rows.shape[-1]
+
+
+@cache
+def native_glue() -> NativeGlue:
+    """Compiled if it was not before, and tried once.
+
+    Raises: CompilerError where nothing can be compiled, or what was compiled cannot be loaded or is not right.
+    """
+    try:
+        glue = NativeGlue(compiled(SOURCE))
+    except OSError as error:
+        raise CompilerError(f"what was compiled cannot be loaded: {error}") from error
+    if not _is_right(glue):
+        raise CompilerError("what the C compiler made gives other numbers than PyTorch")
+    return glue
+
+
+@torch.no_grad()
+def _is_right(glue: NativeGlue) -> bool:
+    """Whether codes are PyTorch's own to the bit, and behind a norm within one, on a small image."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 24, 9, 7, generator=generator).contiguous(memory_format=torch.channels_last)
+    before = NormedSilu(nn.GroupNorm(4, 24), torch.randn(2, 24, generator=generator))
+    equalizer = torch.rand(24, generator=generator) + 0.5
+    plain, behind = InputGrid(0.02, 100, equalizer, 255), InputGrid(0.02, 20, equalizer, 255, before=before)
+    codes, sums = glue.encode(x, plain, 1, summed=True)
+    off = glue.encode(x, behind, 1)[0].int() - behind.codes(x, 1).int()
+    return (
+        torch.equal(codes, plain.codes(x, 1))
+        and torch.equal(cast(Tensor, sums), codes.sum(1, dtype=torch.int32))
+        and bool((off.abs() <= 1).all() and (off != 0).float().mean() < 0.01)
+    )
