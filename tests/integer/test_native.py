@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 import tcaq
-from tcaq.integer.backend import Geometry, InputGrid, signed_codes
+from tcaq.integer.backend import Geometry, InputGrid, eager_log2, signed_codes
 from tcaq.integer.before import NormedSilu
 from tcaq.integer.layer import IntegerConv2d
 from tcaq.integer.native import compiler, library
@@ -151,6 +151,26 @@ def test_signed_codes_lie_as_the_operand_does(order: tuple[int, ...]) -> None:
     assert (found.dtype, found.stride()) == (torch.int8, x.stride())
     gaps = x[..., ::2]
     assert torch.equal(native_glue().signed(gaps, 0.1, 3, -8, 7), signed_codes(gaps, 0.1, 3, -8, 7))
+
+
+@WITH_COMPILER
+@THREADS
+@pytest.mark.parametrize(("bits", "per_octave"), [(2, 1), (4, 1), (4, 2), (8, 1), (8, 16)])
+def test_a_log2_grid_is_pytorchs(bits: int, per_octave: int, threads: int, threads_after) -> None:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    p = torch.softmax(8 * torch.randn(2, 3, 50, 70), dim=-1)
+    p[0, 0, 0, :5] = torch.tensor([0.0, 1.0, 0.3, 1e-44, 1e-37])
+    given, peak = p.clone(), 0.3
+    found, expected = native_glue().fake_log2(p, peak, bits, per_octave), eager_log2(p, peak, bits, per_octave)
+    units = -per_octave * (p.double() / peak).log2()
+    near_an_edge = (units - units.floor() - 0.5).abs() < 1e-5 * (1 + units.abs())
+    assert ((found == expected) | near_an_edge | (p < 1e-37)).all()
+    assert near_an_edge.double().mean() < 0.01
+    assert (found[p < 1e-38] == 0).all()
+    assert found[0, 0, 0, 1] == torch.tensor(peak)
+    assert expected.unique().numel() > bits
+    assert torch.equal(p, given)
 
 
 @WITH_COMPILER

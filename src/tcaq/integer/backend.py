@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tcaq.integer.before import NormedSilu
 from tcaq.numerics.bytes import byte_codes, signed_bytes
+from tcaq.numerics.log2 import fake_quantize_log2
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,9 @@ SignedEncoder = Callable[[Tensor, float, int, int, int], Tensor]
 """x, float [...], its scale, zero point, and the lowest and highest code, all within a signed byte -> `clamp(round(x / scale) +
 zero_point, low, high)`, int8 in the memory format of x."""
 
+FakeLog2 = Callable[[Tensor, float, int, int], Tensor]
+"""Probabilities, float [...], the largest value of a log2 grid, its bits and codes per octave -> what they are on it, float32."""
+
 FloatProduct = Callable[[Tensor, Tensor], Tensor]
 """Float32 matrices [n, rows, inner] and [n, inner, columns] -> [n, rows, columns]."""
 
@@ -71,6 +75,11 @@ FloatProduct = Callable[[Tensor, Tensor], Tensor]
 def signed_codes(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
     """A SignedEncoder of PyTorch's operations."""
     return signed_bytes(x.float() / scale, zero_point, low, high)
+
+
+def eager_log2(p: Tensor, peak: float, bits: int, per_octave: int) -> Tensor:
+    """A FakeLog2 of PyTorch's operations."""
+    return fake_quantize_log2(p.float(), torch.tensor(peak, device=p.device), bits, per_octave)
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,7 @@ class Backend:
     Attributes: missing: why nothing can run there, or None; conv, linear: build a kernel; conv_problem, linear_problem: why a
         weight of a shape cannot run exactly with such numbers, or None; adds_rest: whether kernels take weights with a rest;
         product, product_problem: the same for matrices that are both activations, of any shape; float_product: of floats;
-        signed: makes codes of activations for `product`.
+        signed: makes codes of activations for `product`; fake_log2: quantizes probabilities for `float_product`.
     """
 
     missing: Callable[[], str | None]
@@ -131,3 +140,4 @@ class Backend:
     product_problem: Callable[[], str | None] = lambda: "products of two activations have no integer kernel"
     float_product: FloatProduct = torch.bmm
     signed: SignedEncoder = signed_codes
+    fake_log2: FakeLog2 = eager_log2

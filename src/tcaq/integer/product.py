@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self, cast
 
@@ -60,7 +61,8 @@ class IntegerProduct(QuantizedProduct):
         left, right = layer.operands.values()
         self._rows = Rows.of(left), Rows.of(right)
         self._uneven = frozenset(uneven_groups(layer))
-        self._backend = backend
+        self._peaks: list[float] = left.peak.tolist() if isinstance(left, ProbabilityQuantizer) else []
+        self._kernels = backend
 
     def forward(self, left: Tensor, right: Tensor, *, scale: float = 1.0) -> Tensor:
         """`left @ right * scale`, in the operands' dtype."""
@@ -70,27 +72,38 @@ class IntegerProduct(QuantizedProduct):
             return super().forward(left, right, scale=scale)
         if even:
             return by_group(rows, lambda *given: self._integer(scale, *given), left, right)
-        return self._float(left, right, scale)
+        return self._float(rows, left, right, scale)
 
     def _integer(self, scale: float, left: Tensor, right: Tensor, group: int) -> Tensor:
         """On samples that are all in one step group."""
         (a, to_a), (b, to_b) = (
-            rows.codes(x, group, self._backend.signed) for rows, x in zip(self._rows, (left, right), strict=True)
+            rows.codes(x, group, self._kernels.signed) for rows, x in zip(self._rows, (left, right), strict=True)
         )
         a, b = a.flatten(0, -3), b.flatten(0, -3)
         # (a + to_a) (b + to_b), of which the kernel adds up a b
         row = to_b * (_sums(a, -1) + to_a * a.shape[-1]) if to_b else None
         column = to_a * _sums(b, -2) if to_a else None
-        multiply = cast(Product, self._backend.product)
+        multiply = cast(Product, self._kernels.product)
         step = scale * math.prod(rows.scales[group] for rows in self._rows)
         result: Tensor = multiply(a, b, row, column, step).unflatten(0, left.shape[:-2]).to(left.dtype)
         return result
 
-    def _float(self, left: Tensor, right: Tensor, scale: float) -> Tensor:
-        """What the fake layer multiplies, float32."""
-        hats = [quantizer(x).flatten(0, -3) for quantizer, x in zip(self.operands.values(), (left, right), strict=True)]
-        product: Tensor = self._backend.float_product(hats[0], hats[1]).unflatten(0, left.shape[:-2])
+    def _float(self, rows: Sequence[int], left: Tensor, right: Tensor, scale: float) -> Tensor:
+        """What the fake layer multiplies, float32, of samples in these step groups."""
+        _, quantizer = self.operands.values()
+        hats = self._probabilities(rows, left).flatten(0, -3), quantizer(right).flatten(0, -3)
+        product: Tensor = self._kernels.float_product(*hats).unflatten(0, left.shape[:-2])
         return product if scale == 1 else product * scale
+
+    def _probabilities(self, rows: Sequence[int], p: Tensor) -> Tensor:
+        """Quantized p, in one pass where all samples have the same log2 grid."""
+        (quantizer, _), groups = self.operands.values(), set(rows)
+        if (
+            len(groups) > 1 or type(quantizer) is not ProbabilityQuantizer
+        ):  # whose subclasses have other grids in each group
+            return cast(Tensor, quantizer(p))
+        grid = quantizer.grid
+        return self._kernels.fake_log2(p, self._peaks[groups.pop()], grid.bits, grid.per_octave)
 
 
 def _sums(codes: Tensor, dim: int) -> Tensor:

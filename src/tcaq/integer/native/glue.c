@@ -205,3 +205,36 @@ void scale_sums(const int32_t *sums, const int32_t *row, const int32_t *column, 
                 to[j] = (float)(from[j] + more) * scale;
     }
 }
+
+/* log2 to about one unit in the last place (Cephes' polynomial) of floats from the smallest normal one on. */
+static inline float binary_logarithm(float x) {
+    int32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    int32_t octave = (bits - 0x3f3504f3) >> 23; /* so that what is left is between the roots of 1/2 and 2 */
+    bits -= octave << 23;
+    float f;
+    memcpy(&f, &bits, sizeof f);
+    f -= 1.0f;
+    float power = 7.0376836292e-2f;
+    power = power * f - 1.1514610310e-1f;
+    power = power * f + 1.1676998740e-1f;
+    power = power * f - 1.2420140846e-1f;
+    power = power * f + 1.4249322787e-1f;
+    power = power * f - 1.6668057665e-1f;
+    power = power * f + 2.0000714765e-1f;
+    power = power * f - 2.4999993993e-1f;
+    power = power * f + 3.3333331174e-1f;
+    return (float)octave + (f - 0.5f * f * f + power * f * f * f) * 1.44269504088896341f;
+}
+
+/* p: [count], at least 0 -> values[clamp(round(-per_octave * log2(p / peak)), 0, last)]; below 2^-126, where floats are no longer
+   normal, all are 0. */
+void fake_log2(const float *p, float *out, int64_t count, float peak, float per_octave, float last, const float *values, int32_t threads) {
+#pragma omp parallel for simd num_threads(threads) if (count > ALONE)
+    for (int64_t i = 0; i < count; i++) {
+        float share = p[i] / peak, code = rintf(-per_octave * binary_logarithm(share));
+        code = code < 0.0f ? 0.0f : code;
+        code = code > last || share < 0x1p-126f ? last : code;
+        out[i] = values[(int32_t)code];
+    }
+}

@@ -90,6 +90,11 @@ def signed(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Ten
     return native_glue().signed(x, scale, zero_point, low, high)
 
 
+def fake_log2(p: Tensor, peak: float, bits: int, per_octave: int) -> Tensor:
+    """See `backend.FakeLog2`."""
+    return native_glue().fake_log2(p, peak, bits, per_octave)
+
+
 @cache
 def product_problem() -> str | None:
     """What a trial of two matrices finds."""
@@ -98,5 +103,5 @@ def product_problem() -> str | None:
 
 COMPILED = Backend(
     missing, CompiledConv, CompiledLinear, conv_problem, linear_problem, adds_rest=True, product=product,
-    product_problem=product_problem, float_product=cpu.float_product, signed=signed,
+    product_problem=product_problem, float_product=cpu.float_product, signed=signed, fake_log2=fake_log2,
 )  # fmt: skip

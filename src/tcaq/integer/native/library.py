@@ -12,10 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tcaq.integer.backend import Geometry, InputGrid, signed_codes
+from tcaq.integer.backend import Geometry, InputGrid, eager_log2, signed_codes
 from tcaq.integer.before import NormedSilu
 from tcaq.integer.cpu import dense
 from tcaq.integer.native.compiler import CompilerError, compiled
+from tcaq.numerics.log2 import dequantize_log2
 
 SOURCE = Path(__file__).with_name("glue.c")
 PART = 128
@@ -58,6 +59,7 @@ class NativeGlue:
             functions.encode_normed, *[pointer] * 3, *[size] * 3, _Norm, _Grid, pointer, size, c_int32
         )
         self._scale_sums = _function(functions.scale_sums, *[pointer] * 4, size, size, c_float, c_int32)
+        self._fake_log2 = _function(functions.fake_log2, pointer, pointer, size, *[c_float] * 3, pointer, c_int32)
         self._add_windows = _function(functions.add_windows, *[pointer] * 3, *[size] * 4, _Window, c_int32, c_int32)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -128,6 +130,16 @@ class NativeGlue:
         grid = _Grid(ones.data_ptr(), scale, zero_point, low, high)
         self._encode(rows.data_ptr(), codes.data_ptr(), None, *_size(rows), grid, torch.get_num_threads())
         return codes.permute([order.index(dim) for dim in range(x.dim())])
+
+    def fake_log2(self, p: Tensor, peak: float, bits: int, per_octave: int) -> Tensor:
+        """See `backend.FakeLog2`."""
+        if not self.takes(p, -1):
+            return eager_log2(p, peak, bits, per_octave)
+        values = dequantize_log2(torch.arange(2.0**bits), torch.tensor(peak), bits, per_octave)
+        hats, last = torch.empty_like(p), 2**bits - 1
+        addresses = p.data_ptr(), hats.data_ptr()
+        self._fake_log2(*addresses, p.numel(), peak, per_octave, last, values.data_ptr(), torch.get_num_threads())
+        return hats
 
     def product(self, left: Tensor, right: Tensor, row: Tensor | None, column: Tensor | None, scale: float) -> Tensor:
         """See `backend.Product`."""
