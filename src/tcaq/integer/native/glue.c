@@ -1,7 +1,8 @@
 /* What stands between integer kernels, each in one pass over an activation whose channels lie beside each other.
 
-   Written for a compiler's vectorizer: plain loops over channels. Divisions are divisions, and whole numbers come from rintf, which
-   rounds halves to even, as PyTorch does. Threads are PyTorch's, of whose OpenMP this is linked to the same library. */
+   Written for a compiler's vectorizer: plain loops. Where they put out bytes, a vector holds 64 of them, so that what differs by
+   channel is tabled for several pixels at once: for `repeats(channels)`, which make whole vectors. Divisions are divisions, and
+   whole numbers come from rintf, which rounds halves to even, as PyTorch does. Threads are as many as PyTorch has. */
 
 #include <math.h>
 #include <stdint.h>
@@ -9,7 +10,7 @@
 
 #define ALONE 16384 /* values that one thread is done with before another has begun */
 
-/* How inputs become codes, `clamp(round(x / (scale * equalizer)) + zero_point, low, top)`; equalizer: [channels]. */
+/* How inputs become codes, `clamp(round(x / (scale * equalizer)) + zero_point, low, top)`; equalizer: [channels], or NULL. */
 typedef struct {
     const float *equalizer;
     float scale, zero_point, low, top;
@@ -53,46 +54,65 @@ static inline float exponential(float x) {
     return power * scale;
 }
 
-/* Codes of one pixel, and their sum. A row at a time, by value: bytes may alias all that is behind a pointer, and what may change
-   is read again. */
-static int32_t encode_pixel(const float *restrict x, uint8_t *restrict codes, int64_t channels, Grid grid) {
-    const float *restrict equalizer = grid.equalizer;
-    int32_t sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < channels; c++) {
-        int32_t own = code(x[c] / (grid.scale * equalizer[c]), grid);
-        codes[c] = (uint8_t)own;
-        sum += own;
-    }
-    return sum;
+/* As many pixels as their values make whole vectors of bytes; one where pixels are so wide that what is left over costs nothing. */
+int64_t repeats(int64_t channels) {
+    int64_t pixels = 1;
+    while (channels < 512 && pixels * channels % 64)
+        pixels *= 2;
+    return pixels;
 }
 
-/* The same of silu(x * factor + shift). */
-static int32_t encode_normed_pixel(const float *restrict x, const float *restrict factor, const float *restrict shift,
-                                   uint8_t *restrict codes, int64_t channels, Grid grid) {
-    const float *restrict equalizer = grid.equalizer;
-    int32_t sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < channels; c++) {
-        float y = x[c] * factor[c] + shift[c];
-        int32_t own = code(y / ((1.0f + exponential(-y)) * (grid.scale * equalizer[c])), grid);
-        codes[c] = (uint8_t)own;
-        sum += own;
-    }
-    return sum;
+/* table: [pixels, channels], the divisors of each pixel. */
+static void table_divisors(float *table, int64_t pixels, int64_t channels, const Grid *grid) {
+    for (int64_t i = 0; i < pixels * channels; i++)
+        table[i] = grid->equalizer ? grid->scale * grid->equalizer[i % channels] : grid->scale;
 }
 
-/* x: [rows, channels] -> codes of the same shape, in bytes that hold negative ones as two's complement, and the sums of rows where sums, [rows], is not NULL. */
-void encode(const float *x, uint8_t *codes, int32_t *sums, int64_t rows, int64_t channels, Grid grid, int32_t threads) {
-#pragma omp parallel for num_threads(threads) if (rows * channels > ALONE)
-    for (int64_t row = 0; row < rows; row++) {
-        int32_t sum = encode_pixel(x + row * channels, codes + row * channels, channels, grid);
+/* Codes of count values. The grid by value: bytes may alias all that is behind a pointer, and what may change is read again. */
+static void encode_values(const float *restrict x, const float *restrict divisors, uint8_t *restrict codes, int64_t count,
+                          Grid grid) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++)
+        codes[i] = (uint8_t)code(x[i] / divisors[i], grid);
+}
+
+/* The same of silu(x * factors + shifts). */
+static void encode_normed_values(const float *restrict x, const float *restrict factors, const float *restrict shifts,
+                                 const float *restrict divisors, uint8_t *restrict codes, int64_t count, Grid grid) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) {
+        float y = x[i] * factors[i] + shifts[i];
+        codes[i] = (uint8_t)code(y / ((1.0f + exponential(-y)) * divisors[i]), grid);
+    }
+}
+
+/* sums: [pixels], of their codes, [pixels, channels]. */
+static void sum_codes(const uint8_t *codes, int32_t *sums, int64_t pixels, int64_t channels) {
+    for (int64_t pixel = 0; pixel < pixels; pixel++, codes += channels) {
+        int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t c = 0; c < channels; c++)
+            sum += codes[c];
+        sums[pixel] = sum;
+    }
+}
+
+/* x: [pixels, channels] -> codes of the same shape, in bytes that hold negative ones as two's complement, and their sums, [pixels],
+   where sums is not NULL; space: [repeats(channels), channels], overwritten. */
+void encode(const float *x, uint8_t *codes, int32_t *sums, int64_t pixels, int64_t channels, Grid grid, float *space,
+            int32_t threads) {
+    int64_t step = repeats(channels);
+    table_divisors(space, step, channels, &grid);
+#pragma omp parallel for num_threads(threads) if (pixels * channels > ALONE)
+    for (int64_t first = 0; first < pixels; first += step) {
+        int64_t count = step < pixels - first ? step : pixels - first, from = first * channels;
+        encode_values(x + from, space, codes + from, count * channels, grid);
         if (sums)
-            sums[row] = sum;
+            sum_codes(codes + from, sums + first, count, channels);
     }
 }
 
-/* The sum of sums, [height, width], over the window of the output pixel at row, column; less `absent` for each pixel of it inside the image. */
+/* The sum of sums, [height, width], over the window of the output pixel at row, column, less `absent` for each pixel inside. */
 static int32_t window_sum(const int32_t *sums, int64_t row, int64_t column, const Window *window, int32_t absent) {
     int32_t total = 0;
     for (int64_t i = 0; i < window->kernel_height; i++) {
@@ -108,9 +128,10 @@ static int32_t window_sum(const int32_t *sums, int64_t row, int64_t column, cons
     return total;
 }
 
-/* out, [images, rows, columns, channels], += factors, [channels], times what each window sums up of sums, [images, height, width]. */
-void add_windows(float *out, const int32_t *sums, const float *factors, int64_t images, int64_t rows, int64_t columns, int64_t channels,
-                 Window window, int32_t absent, int32_t threads) {
+/* out, [images, rows, columns, channels], += factors, [channels], times what each window sums up of sums, [images, height, width].
+   A window's sum lacks `absent` for each pixel of it that is inside. */
+void add_windows(float *out, const int32_t *sums, const float *factors, int64_t images, int64_t rows, int64_t columns,
+                 int64_t channels, Window window, int32_t absent, int32_t threads) {
     int64_t pixels = rows * columns;
 #pragma omp parallel for num_threads(threads) if (images * pixels * channels > ALONE)
     for (int64_t pixel = 0; pixel < images * pixels; pixel++) {
@@ -136,10 +157,11 @@ static void add_up(const float *restrict x, int64_t rows, int64_t channels, floa
     }
 }
 
-/* The norm of one image as `x * factor + shift`, from the sums of its parts, [parts, 2, channels]; affine: [2, channels].
+/* The norm of one image as `x * factor + shift`, from the sums of its parts, [parts, 2, channels]; affine: [2, repeats, channels].
    What was added to each pixel, a, is in neither: sum(x + a) = sum(x) + n a, and likewise for the squares. */
-static void fold(const float *sums, int64_t parts, int64_t pixels, int64_t channels, const Norm *norm, const float *added, float *affine) {
-    int64_t each = channels / norm->groups;
+static void fold(const float *sums, int64_t parts, int64_t pixels, int64_t channels, const Norm *norm, const float *added,
+                 float *affine) {
+    int64_t each = channels / norm->groups, width = repeats(channels) * channels;
     for (int64_t first = 0; first < channels; first += each) {
         double sum = 0, square = 0;
         for (int64_t c = first; c < first + each; c++) {
@@ -155,41 +177,48 @@ static void fold(const float *sums, int64_t parts, int64_t pixels, int64_t chann
         double inverse = 1 / sqrt((variance > 0 ? variance : 0) + norm->eps);
         for (int64_t c = first; c < first + each; c++) {
             double factor = inverse * norm->weight[c], more = added ? added[c] : 0;
-            affine[c] = (float)factor;
-            affine[channels + c] = (float)(norm->bias[c] + (more - mean) * factor);
+            for (int64_t i = c; i < width; i += channels) {
+                affine[i] = (float)factor;
+                affine[width + i] = (float)(norm->bias[c] + (more - mean) * factor);
+            }
         }
     }
 }
 
-/* Group norm, SiLU, then as `encode`; x: [images, pixels, channels]; space: [images * (parts + 1), 2, channels], overwritten. */
+/* Group norm, SiLU, then as `encode`; x: [images, pixels, channels]; space: parts and factors of each image and the divisors,
+   [(2 * images * parts + (2 * images + 1) * repeats(channels)) * channels], overwritten. */
 void encode_normed(const float *x, uint8_t *codes, int32_t *sums, int64_t images, int64_t pixels, int64_t channels, Norm norm,
                    Grid grid, float *space, int64_t parts, int32_t threads) {
-    int64_t each = (pixels + parts - 1) / parts, pair = 2 * channels;
-    float *affine = space + images * parts * pair;
+    int64_t each = (pixels + parts - 1) / parts, pair = 2 * channels, step = repeats(channels), width = step * channels;
+    int64_t blocks = (pixels + step - 1) / step;
+    float *affine = space + images * parts * pair, *divisors = affine + images * 2 * width;
+    table_divisors(divisors, step, channels, &grid);
 #pragma omp parallel num_threads(threads) if (images * pixels * channels > ALONE)
     {
 #pragma omp for
         for (int64_t part = 0; part < images * parts; part++) {
-            int64_t first = (part % parts) * each, last = first + each < pixels ? first + each : pixels;
+            int64_t first = part % parts * each, last = first + each < pixels ? first + each : pixels;
             add_up(x + (part / parts * pixels + first) * channels, last - first, channels, space + part * pair);
         }
 #pragma omp for
         for (int64_t image = 0; image < images; image++)
             fold(space + image * parts * pair, parts, pixels, channels, &norm, norm.added ? norm.added + image * channels : 0,
-                 affine + image * pair);
+                 affine + image * 2 * width);
 #pragma omp for
-        for (int64_t row = 0; row < images * pixels; row++) {
-            const float *factor = affine + row / pixels * pair;
-            int32_t sum = encode_normed_pixel(x + row * channels, factor, factor + channels, codes + row * channels, channels, grid);
+        for (int64_t block = 0; block < images * blocks; block++) {
+            int64_t image = block / blocks, first = block % blocks * step;
+            int64_t count = step < pixels - first ? step : pixels - first, from = (image * pixels + first) * channels;
+            const float *factors = affine + image * 2 * width;
+            encode_normed_values(x + from, factors, factors + width, divisors, codes + from, count * channels, grid);
             if (sums)
-                sums[row] = sum;
+                sum_codes(codes + from, sums + image * pixels + first, count, channels);
         }
     }
 }
 
 /* (sums + row + column) * scale, of one matrix; row: [rows], column: [columns], each may be NULL. */
-void scale_sums(const int32_t *sums, const int32_t *row, const int32_t *column, float *out, int64_t rows, int64_t columns, float scale,
-                int32_t threads) {
+void scale_sums(const int32_t *sums, const int32_t *row, const int32_t *column, float *out, int64_t rows, int64_t columns,
+                float scale, int32_t threads) {
 #pragma omp parallel for num_threads(threads) if (rows * columns > ALONE)
     for (int64_t i = 0; i < rows; i++) {
         const int32_t *restrict from = sums + i * columns;
@@ -229,7 +258,8 @@ static inline float binary_logarithm(float x) {
 
 /* p: [count], at least 0 -> values[clamp(round(-per_octave * log2(p / peak)), 0, last)]; below 2^-126, where floats are no longer
    normal, all are 0. */
-void fake_log2(const float *p, float *out, int64_t count, float peak, float per_octave, float last, const float *values, int32_t threads) {
+void fake_log2(const float *p, float *out, int64_t count, float peak, float per_octave, float last, const float *values,
+               int32_t threads) {
 #pragma omp parallel for simd num_threads(threads) if (count > ALONE)
     for (int64_t i = 0; i < count; i++) {
         float share = p[i] / peak, code = rintf(-per_octave * binary_logarithm(share));

@@ -54,7 +54,8 @@ class NativeGlue:
         """Args: library: what `compiled` made of SOURCE."""
         functions = ctypes.CDLL(str(library))
         pointer, size = c_void_p, c_int64
-        self._encode = _function(functions.encode, pointer, pointer, pointer, size, size, _Grid, c_int32)
+        self._repeats = _function(functions.repeats, size, result=size)
+        self._encode = _function(functions.encode, *[pointer] * 3, size, size, _Grid, pointer, c_int32)
         self._encode_normed = _function(
             functions.encode_normed, *[pointer] * 3, *[size] * 3, _Norm, _Grid, pointer, size, c_int32
         )
@@ -85,16 +86,21 @@ class NativeGlue:
         own = _Grid(equalizer.data_ptr(), grid.scale, grid.zero_point, 0, grid.top)
         given = rows.data_ptr(), codes.data_ptr(), None if sums is None else sums.data_ptr()
         if grid.before is None:
-            self._encode(*given, *_size(rows), own, torch.get_num_threads())
+            self._plain(given, rows.shape, own)
         else:
-            self._normed(given, rows.shape, grid.before, own)
+            self._normed(given, rows.shape, own, grid.before)
         return codes.movedim(-1, axis), sums
 
-    def _normed(self, given: tuple[int, int, int | None], shape: torch.Size, before: NormedSilu, grid: _Grid) -> None:
+    def _plain(self, given: tuple[int, int, int | None], shape: torch.Size, grid: _Grid) -> None:
+        pixels, channels = shape[:-1].numel(), shape[-1]
+        space = torch.empty(self._repeats(channels), channels)
+        self._encode(*given, pixels, channels, grid, space.data_ptr(), torch.get_num_threads())
+
+    def _normed(self, given: tuple[int, int, int | None], shape: torch.Size, grid: _Grid, before: NormedSilu) -> None:
         images, channels = shape[0], shape[-1]
         pixels = shape[1:-1].numel()
         parts = max(1, pixels // PART)
-        space = torch.empty(images * (parts + 1), 2, channels)
+        space = torch.empty(2 * images * parts + (2 * images + 1) * self._repeats(channels), channels)
         norm = before.norm
         weight, bias = norm.weight.contiguous(), norm.bias.contiguous()
         added = None if before.added is None else before.added.expand(images, channels).contiguous()
@@ -126,9 +132,8 @@ class NativeGlue:
         rows = x.permute(order)
         if not self.takes(rows, -1):
             return signed_codes(x, scale, zero_point, low, high)
-        codes, ones = torch.empty(rows.shape, dtype=torch.int8), torch.ones(rows.shape[-1])
-        grid = _Grid(ones.data_ptr(), scale, zero_point, low, high)
-        self._encode(rows.data_ptr(), codes.data_ptr(), None, *_size(rows), grid, torch.get_num_threads())
+        codes = torch.empty(rows.shape, dtype=torch.int8)
+        self._plain((rows.data_ptr(), codes.data_ptr(), None), rows.shape, _Grid(None, scale, zero_point, low, high))
         return codes.permute([order.index(dim) for dim in range(x.dim())])
 
     def fake_log2(self, p: Tensor, peak: float, bits: int, per_octave: int) -> Tensor:
@@ -150,17 +155,13 @@ class NativeGlue:
         for i in range(len(left)):
             torch._int_mm(left[i], right[i], out=sums)
             more = (None if part is None else part[i].data_ptr() for part in (row, column))
-            self._scale_sums(sums.data_ptr(), *more, result[i].data_ptr(), *_size(sums), scale, torch.get_num_threads())
+            self._scale_sums(sums.data_ptr(), *more, result[i].data_ptr(), *sums.shape, scale, torch.get_num_threads())
         return result
 
 
-def _function(function: Any, *arguments: Any) -> Any:
-    function.argtypes, function.restype = arguments, None
+def _function(function: Any, *arguments: Any, result: Any = None) -> Any:
+    function.argtypes, function.restype = arguments, result
     return function
-
-
-def _size(rows: Tensor) -> tuple[int, int]:
-    return rows.shape[:-1].numel(), rows.shape[-1]
 
 
 @cache
