@@ -1,4 +1,4 @@
-"""What stands between integer convolutions, operation by operation: microseconds, eager and compiled.
+"""What stands between integer convolutions: microseconds in PyTorch's operations, by torch.compile, and in tcaq's C.
 
     OMP_NUM_THREADS=1 python benchmarks/glue.py
 
@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 from time import process_time
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import group_norm, silu
 
 from tcaq.allocator import keep_freed_memory
+from tcaq.integer.backend import InputGrid
+from tcaq.integer.before import NormedSilu
+from tcaq.integer.native.library import native_glue
 from tcaq.numerics.bytes import byte_codes
 
 GROUPS = 32
@@ -50,9 +54,20 @@ def operations(x: Tensor, divisor: Tensor, weight: Tensor, bias: Tensor) -> dict
         "group norm": lambda: group_norm(x, GROUPS, weight, bias),
         "group norm, silu, quantize": lambda: byte_codes(silu(group_norm(x, GROUPS, weight, bias)) / divisor, 7, 255),
     }
-    return {f"eager: {name}": call for name, call in eager.items()} | {
-        f"compiled: {name}": (lambda call=call: call(x)) for name, call in compiled.items()
+    glue, norm = native_glue(), nn.GroupNorm(GROUPS, len(weight))
+    norm.weight, norm.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
+    plain = InputGrid(1.0, 7, divisor.flatten(), 255)
+    normed = replace(plain, before=NormedSilu(norm))
+    native = {
+        "quantize": lambda: glue.encode(x, plain, 1)[0],
+        "quantize, and sums over channels": lambda: glue.encode(x, plain, 1, summed=True)[0],
+        "group norm, silu, quantize": lambda: glue.encode(x, normed, 1)[0],
     }
+    return (
+        {f"eager: {name}": call for name, call in eager.items()}
+        | {f"torch.compile: {name}": (lambda call=call: call(x)) for name, call in compiled.items()}
+        | {f"C: {name}": call for name, call in native.items()}
+    )
 
 
 def microseconds(call: Callable[[], object], repeat: int = 30) -> float:
@@ -75,7 +90,10 @@ def main() -> None:
     weight, bias = torch.rand(128, generator=generator), torch.rand(128, generator=generator)
     calls = operations(x, divisor, weight, bias)
     expected = calls["eager: quantize, to uint8"]()
-    if not all(torch.equal(calls[name](), expected) for name in ("eager: quantize, byte_codes", "compiled: quantize")):
+    if not all(
+        torch.equal(calls[name](), expected)
+        for name in ("eager: quantize, byte_codes", "torch.compile: quantize", "C: quantize")
+    ):
         raise SystemExit("the ways to quantize differ")
     print(json.dumps({name: microseconds(call) for name, call in calls.items()}, indent=2))
 

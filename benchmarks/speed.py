@@ -36,7 +36,7 @@ SYMMETRIC = {
 }  # fmt: skip
 """Everything at eight bits, weights around zero: what integer kernels multiply at once; see docs/integer.md."""
 TABLE = {
-    "ours": "fp32,fp32-channels-last,bf16,bf16-channels-last,fake,integer,integer-fused,integer-bf16",
+    "ours": "fp32,fp32-channels-last,bf16,bf16-channels-last,fake,integer,integer-eager,integer-fused,integer-bf16",
     "exports": "fp32,onnx-fp32,onnx,onnx-static,openvino-fp32,openvino,nncf",
     "others": "fp32,fp32-compiled,torchao,quanto",
 }

@@ -17,7 +17,7 @@ from tcaq.bench.bout import Bout
 from tcaq.checkpoint import load
 from tcaq.errors import TcaqError
 from tcaq.export import export_onnx, export_openvino, load_onnx, load_openvino
-from tcaq.integer.lower import lower
+from tcaq.integer.lower import Products, lower
 from tcaq.models.denoiser import find_denoiser
 from tcaq.models.load import FULL_PRECISION
 from tcaq.processor import has_vnni
@@ -90,7 +90,8 @@ def _size(folder: Path, name: str) -> int:
 def _ours(bout: Bout, execution: str, dtype: torch.dtype | None = None) -> Contender:
     pipe = load(bout.folder, dtype)
     if execution != "fake":
-        lowering = lower(pipe, products="fused" if execution == "fused" else "plan")
+        products: Products = "fused" if execution == "fused" else "plan"
+        lowering = lower(pipe, products, compiled=execution != "eager")
         if all(layer.execution == "fake" for layer in lowering.layers):
             raise Unavailable(lowering.layers[0].reason)
     size = _size(bout.folder, find_denoiser(pipe)[0])
@@ -118,6 +119,7 @@ CONTENDERS: dict[str, Build] = {
     "bf16-channels-last": lambda bout: _bf16(bout, torch.channels_last),
     "fake": lambda bout: _ours(bout, "fake"),
     "integer": lambda bout: _ours(bout, "integer"),
+    "integer-eager": lambda bout: _ours(bout, "eager"),
     "integer-fused": lambda bout: _ours(bout, "fused"),
     "integer-bf16": lambda bout: _ours(bout, "integer", torch.bfloat16),
     "onnx": lambda bout: _exported(bout, "onnx"),
