@@ -73,7 +73,7 @@ class NativeGlue:
 
     def encode(self, x: Tensor, grid: InputGrid, axis: int, summed: bool = False) -> tuple[Tensor, Tensor | None]:
         """What `InputGrid.codes` gives, uint8 [...] in x's memory format, and the sums of codes over channels, int32 [...] without
-        `axis`, if they are asked for. An input that this does `takes` not goes PyTorch's way.
+        `axis`, if they are asked for. An input that it does not take goes PyTorch's way.
         """
         if not self.takes(x, axis) or isinstance(grid.scale, Tensor):
             codes = grid.codes(x, axis)
@@ -81,8 +81,8 @@ class NativeGlue:
         rows = x.movedim(axis, -1)
         codes = torch.empty(rows.shape, dtype=torch.uint8)
         sums = torch.empty(rows.shape[:-1], dtype=torch.int32) if summed else None
-        # what C is given addresses of is held by a name until the call is over
-        equalizer = grid.equalizer.contiguous()
+        # C knows addresses alone: what they belong to is held by a name until the call is over
+        equalizer = grid.equalizer.float().contiguous()
         own = _Grid(equalizer.data_ptr(), grid.scale, grid.zero_point, 0, grid.top)
         given = rows.data_ptr(), codes.data_ptr(), None if sums is None else sums.data_ptr()
         if grid.before is None:
@@ -102,8 +102,8 @@ class NativeGlue:
         parts = max(1, pixels // PART)
         space = torch.empty(2 * images * parts + (2 * images + 1) * self._repeats(channels), channels)
         norm = before.norm
-        weight, bias = norm.weight.contiguous(), norm.bias.contiguous()
-        added = None if before.added is None else before.added.expand(images, channels).contiguous()
+        weight, bias = norm.weight.float().contiguous(), norm.bias.float().contiguous()
+        added = None if before.added is None else before.added.float().expand(images, channels).contiguous()
         address = None if added is None else added.data_ptr()
         own = _Norm(weight.data_ptr(), bias.data_ptr(), address, norm.num_groups, norm.eps)
         self._encode_normed(
