@@ -260,7 +260,7 @@ static inline float binary_logarithm(float x) {
    normal, all are 0. */
 void fake_log2(const float *p, float *out, int64_t count, float peak, float per_octave, float last, const float *values,
                int32_t threads) {
-#pragma omp parallel for simd num_threads(threads) if (count > ALONE)
+#pragma omp parallel for simd num_threads(threads) if (parallel : count > ALONE)
     for (int64_t i = 0; i < count; i++) {
         float share = p[i] / peak, code = rintf(-per_octave * binary_logarithm(share));
         code = code < 0.0f ? 0.0f : code;
