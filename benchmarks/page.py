@@ -110,8 +110,11 @@ def larger(results: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:
     lines = [
         f"## {results['num']:,} images".replace(",", " "),
         "",
-        "The protocol above with more images, which `python benchmarks/on_gpu.py` samples from checkpoints that were quantized on "
-        "a processor. The smallest distances fall with the number of images, that of the float model as well.",
+        f"The protocol above with more images, of checkpoints that were quantized on a processor: sampled on a GPU (`python "
+        f"benchmarks/on_gpu.py`), or where it says so in integers on the processor (`python benchmarks/quality.py --num "
+        f"{results['num']} --execution integer --results benchmarks/results/larger.json`, which takes less than half of the time; "
+        "[how alike both are](#integer-images)). The smallest distances fall with the number of images, that of the float model "
+        "as well.",
         "",
     ]
     for bits in WIDTHS:

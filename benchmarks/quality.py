@@ -77,7 +77,8 @@ def measure(name: str, options: list[str], args: argparse.Namespace) -> dict[str
         elsewhere = read_json(args.evaluated)
         own = elsewhere["cells"][name][str(args.num)]
         return cell | {"sampled": elsewhere["device"], "evaluation": own["evaluation"]}
-    return cell | {"evaluation": evaluated(name, args)}
+    where = {"sampled": "the processor, in integers"} if args.execution == "integer" else {}
+    return cell | where | {"evaluation": evaluated(name, args)}
 
 
 def quantized(name: str, options: list[str], args: argparse.Namespace) -> dict[str, Any]:
@@ -98,6 +99,7 @@ def evaluated(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """What `tcaq evaluate` says of a cell."""
     scores = args.output / f"{name}.json"
     protocol = ["--num", args.num, "--steps", args.steps, "--seed", args.seed, "--work", args.output / "samples"]
+    protocol += ["--execution", args.execution]
     tcaq("evaluate", args.output / name, "--reference", args.model, *protocol, *flags(args), "--json", scores)
     return scored(read_json(scores))
 
@@ -143,6 +145,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     every = list(cells(""))
     parser.add_argument("--only", nargs="+", choices=every, default=[name for name in every if name not in LONGER])
+    parser.add_argument("--execution", choices=("fake", "integer"), default="fake")
     parser.add_argument("--quantize-only", action="store_true", help="make the checkpoints and no more")
     parser.add_argument("--evaluated", type=Path, help="what `on_gpu.py` measured, in place of sampling")
     parser.add_argument("--results", type=Path, default=RESULTS)

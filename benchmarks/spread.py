@@ -25,7 +25,8 @@ from quality import cells
 from torch import Tensor
 
 import tcaq
-from tcaq.cli.models import open_float
+from tcaq.cli.models import executed, open_float
+from tcaq.cli.options import Execution
 from tcaq.evaluate.features import load_features
 from tcaq.evaluate.metrics import Moments, frechet_distance
 from tcaq.evaluate.sampling import sample_for_evaluation
@@ -54,7 +55,9 @@ def sampled(asked: set[str], args: argparse.Namespace) -> dict[str, Tensor]:
     """The distances of the float model, as `float`, and of those cells that were sampled here."""
     folders = {name: args.output / name for name in asked if (args.output / f"{name}.json").exists()}
     found = {"float": left_out(open_float(args.model), args)}
-    return found | {name: left_out(tcaq.load(folder), args) for name, folder in folders.items()}
+    return found | {
+        name: left_out(executed(tcaq.load(folder), args.execution), args) for name, folder in folders.items()
+    }
 
 
 def measured(args: argparse.Namespace) -> dict[str, Tensor]:
@@ -86,6 +89,7 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--execution", type=Execution, choices=list(Execution), default=Execution.FAKE)
     parser.add_argument("--only", nargs="+", choices=list(cells("")), help="cells; others keep what they have")
     parser.add_argument("--evaluated", type=Path, help="what `on_gpu.py` measured, in place of the images")
     parser.add_argument("--results", type=Path, default=RESULTS)
