@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -56,6 +57,26 @@ def test_every_cell_is_measured_by_one_protocol(done):
     for bits in ("w8a8", "w4a4"):
         with Image.open(root / "out" / f"samples-{bits}.png") as picture:
             assert picture.height > 3 * 2 * 8  # float and two recipes, in pixels of twice the size
+
+
+def test_the_same_checkpoints_in_integers_are_another_protocol(done, tmp_path):
+    root, _ = done
+    refused = compare(root, "--execution", "integer")
+    assert refused.exit_code == 2
+    assert "execution None there, 'integer' now" in refused.output
+    copied = tmp_path / "copied"
+    shutil.copytree(root, copied)
+    (copied / "out" / "compare.json").unlink()
+    result = compare(copied, "--execution", "integer")
+    assert result.exit_code == 0, result.output
+    assert "quantized layers run in integers" in result.output
+    pair = [json.loads((at / "out" / "compare.json").read_text()) for at in (root, copied)]
+    assert pair[1]["protocol"] == pair[0]["protocol"] | {"model": str(copied / "float"), "execution": "integer"}
+    for fake, integer in zip(*(results["cells"] for results in pair), strict=True):
+        scores = [cell["seeds"]["1"]["evaluation"] for cell in (fake, integer)]
+        assert scores[1]["paired"]["psnr"] == pytest.approx(scores[0]["paired"]["psnr"], abs=0.5)
+        assert scores[1]["quantized"] != scores[0]["quantized"]
+        assert scores[1]["float"] == pytest.approx(scores[0]["float"])
 
 
 def test_trajectories_are_sampled_once_and_shared(done):

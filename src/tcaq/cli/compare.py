@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from diffusers import DiffusionPipeline
 from rich.table import Table
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from tcaq.cli import options as opt
 from tcaq.cli.app import app, console, notes
 from tcaq.cli.asking import asks
 from tcaq.cli.checking import check_asked, find_features
-from tcaq.cli.models import open_float, placed
+from tcaq.cli.models import executed, open_float, placed
 from tcaq.cli.progress import stage_progress
 from tcaq.errors import RunError, UsageError
 from tcaq.evaluate.evaluate import versions
@@ -90,6 +91,7 @@ def compare_command(
         Path | None, typer.Option(help="Real images (folder) or statistics (.npz), if the extractor brings none.")
     ] = None,
     asked: Conditions | None = None,
+    execution: opt.ExecutionOption = opt.Execution.FAKE,
     device: opt.DeviceOption = opt.DEVICE,
 ) -> None:
     """Quantize MODEL by every recipe at every width, measure all of them alike, and write compare.json, .md and .html."""
@@ -104,6 +106,7 @@ def compare_command(
     given = {
         "features": extractor and extractor.name, "plan": plan, "real": real and str(real),
         "conditions": asked and asked.model_dump(mode="json"), "device": None if device == opt.DEVICE else device,
+        "execution": None if execution is opt.Execution.FAKE else execution.value,
     }  # fmt: skip
     protocol |= {name: value for name, value in given.items() if value is not None}
     results = open_results(output / "compare.json", protocol)
@@ -198,8 +201,8 @@ def measure(model: str, cell: Cell, seed: int, protocol: dict[str, Any], output:
     make_checkpoint(model, cell, seed, protocol, output)
     with stage_progress() as on_progress:
         how = evaluation(protocol, seed, output)
-        device = device_in(protocol)
-        result, _, _ = evaluate(placed(open_float(model), device), placed(load(folder), device), how, on_progress)
+        original = placed(open_float(model), device_in(protocol))
+        result, _, _ = evaluate(original, quantized_in(protocol, folder), how, on_progress)
     timings = Run.read(folder / RUN_FOLDER).timings().values()
     return {
         "quantize_seconds": round(sum(t["seconds"] for t in timings), 1),
@@ -228,6 +231,12 @@ def device_in(protocol: dict[str, Any]) -> str:
     return str(protocol.get("device", opt.DEVICE))
 
 
+def quantized_in(protocol: dict[str, Any], folder: Path) -> DiffusionPipeline:
+    """A checkpoint where and how the protocol says that it runs."""
+    pipe = placed(load(folder), device_in(protocol))
+    return executed(pipe, opt.Execution(protocol.get("execution", opt.Execution.FAKE)))
+
+
 def evaluation(protocol: dict[str, Any], seed: int, output: Path) -> Protocol:
     """The protocol of one seed."""
     extractor = load_features(protocol["features"]) if "features" in protocol else None
@@ -243,10 +252,9 @@ def finish(model: str, cells: list[Cell], seeds: list[int], results: dict[str, A
     """Print the table and write it as Markdown and as a page with samples of the first seed."""
     samples: dict[str, list[tuple[str, Tensor]]] = {}
     how = evaluation(results["protocol"], seeds[0], output)
-    device = device_in(results["protocol"])
-    float_images = first_images(placed(open_float(model), device), how)
+    float_images = first_images(placed(open_float(model), device_in(results["protocol"])), how)
     for cell in cells:
-        images = first_images(placed(load(cell.folder(output, seeds[0])), device), how)
+        images = first_images(quantized_in(results["protocol"], cell.folder(output, seeds[0])), how)
         samples.setdefault(cell.bits, [("float", float_images)]).append((cell.label, images))
     for bits, strips in samples.items():
         with replacing(output / f"samples-{bits}.png") as path:
