@@ -1,8 +1,8 @@
 """Stand-in for a product whose left operand is on a coarse log2 grid: whole numbers after all, in two planes of them.
 
-A value of such a grid is a power of two, or `√2` times one. Powers of two are whole numbers of the smallest one, and the distance
-from a power of two to `√2` times it is `√2 - 1` times another, so that two products of bytes, scaled and added, are the product
-of the grid's values. Codes are never computed, and no logarithm: what a float adds to a much larger one is rounded to a power of two.
+A value of such a grid is a power of two, or `√2` times one. Powers of two are whole numbers, and `√2` times one of them is that
+power and `√2 - 1` times the same once more: two products of bytes, scaled and added. No code is computed, and no logarithm: a
+number about 2^23 times as large as another has room for only one power of two of it, so that adding rounds it to that.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ from tcaq.quantizers.mixed import MixedProbabilityQuantizer
 from tcaq.quantizers.probability import ProbabilityQuantizer
 
 MOST_BITS = 4
-"""Powers of more codes do not fit two planes of bytes."""
+"""More codes do not fit two planes of bytes."""
 HIGHEST = 128
 """The largest power of two in a byte."""
 BYTES = 255
-ROUNDED = 24
-"""Bits of a float: one so many powers of two above another rounds it to a power of two."""
+DIGITS = 24
+"""Of a float, binary ones."""
 LOWER = 2.0**-0.2
-"""Values are taken so much smaller that each lies within half of the power that it is rounded to, whichever of two grids that is on."""
+"""Values are taken so much smaller: each is then nearer than half a power of two to the one that it shall be rounded to, for every
+lift that is used."""
 
 
 class PowersStandIn(nn.Module):
     """A product of probabilities on a grid of one or two values to each halving, or an even one in some step groups.
 
     Attributes: unit: float32 [groups], multiplies probabilities; limit: float32 [groups], the largest value after that; pull:
-        float32 [groups], 1, or 0 where the grid is even: nothing is rounded to powers of two there; gain: float32 [groups], what a
-        whole number of the first plane is worth.
+        float32 [groups], 1, or 0 where the grid is even: nothing is rounded to powers of two there; gain: float32 [groups], what 1
+        is worth then; nothing: [1], a zero point of zero.
     """
 
     is_float = False
@@ -43,35 +44,36 @@ class PowersStandIn(nn.Module):
     limit: Tensor
     pull: Tensor
     gain: Tensor
+    nothing: Tensor
 
     def __init__(self, product: QuantizedProduct, dialect: ProductDialect, steps: Steps) -> None:
         super().__init__()
         quantizer = cast(ProbabilityQuantizer, product.left_quantizer)
         self.dialect, self.steps = dialect, (steps,)
         self.right = Grid.of(cast(AffineQuantizer, product.right_quantizer), dialect, steps, second=True)
-        self.halved = quantizer.grid.per_octave == 2
-        largest = 2.0 ** ((quantizer.last - 1) // quantizer.grid.per_octave)  # of whole numbers: the smallest value is 1
-        chosen, even = quantizer.use_log2, torch.tensor(float(quantizer.last))
-        gain = torch.where(chosen, quantizer.peak / largest, quantizer.scale)
-        limit = torch.where(chosen, torch.tensor(largest * LOWER), even)
-        self.register_buffer("unit", torch.where(chosen, LOWER, 1.0) / gain)
-        self.register_buffer("limit", limit)
-        self.register_buffer("pull", chosen.float())
-        self.register_buffer("gain", gain)
-        self.register_buffer("nothing", dialect.zeros(torch.zeros(1)))
+        self.halved, log2 = quantizer.grid.per_octave == 2, quantizer.use_log2
+        largest = 2.0 ** ((quantizer.last - 1) // quantizer.grid.per_octave)  # so that the smallest value is 1
+        gain = torch.where(log2, quantizer.peak / largest, quantizer.scale)
+        tables = {
+            "unit": torch.where(log2, LOWER, 1.0) / gain, "pull": log2.float(), "gain": gain,
+            "limit": torch.where(log2, largest * LOWER, float(quantizer.last)), "nothing": dialect.zeros(torch.zeros(1)),
+        }  # fmt: skip
+        for name, table in tables.items():
+            self.register_buffer(name, table)
+        self.mixed = not bool(log2.all())
 
     def forward(self, left: Tensor, right: Tensor, *, scale: float = 1.0) -> Tensor:
         """`left @ right * scale`, float [batch, heads, ...]."""
-        step, right_codes = self.steps[0], self.right(right, 1)
-        unit, limit = (step.row(table, left.dim()) for table in (self.unit, self.limit))
-        gain = step.row(self.gain, 1)
-        x = torch.minimum(left * unit, limit)
+        step, codes = self.steps[0], self.right(right, 1)
+        gain, limit = (step.row(table, 1) for table in (self.gain, self.limit))
+        # a number, not a tensor of one: ONNX Runtime compares with that in all threads
+        x = (left * step.row(self.unit, left.dim())).clamp(max=limit.reshape(()))
         planes = self._halves(x, gain) if self.halved else self._parts(x, gain)
-        first, second = (self.dialect.product(plane, right_codes, scale) for plane in planes)
+        first, second = (self.dialect.product(plane, codes, scale) for plane in planes)
         return first + second
 
     def _halves(self, x: Tensor, gain: Tensor) -> tuple[Codes, Codes]:
-        """The next power of two below each value, or the value itself, and what lies between."""
+        """The powers of two that values are, or that they are `√2` times, and the latter ones once more."""
         below, above = self._powers(x, 0.25), self._powers(x, 0.75)
         return self._plane(below, 1.0, gain), self._plane(above - below, 1.0, gain * (math.sqrt(2) - 1))
 
@@ -82,15 +84,14 @@ class PowersStandIn(nn.Module):
         return self._plane(low, 1.0, gain), self._plane(powers - low, float(HIGHEST), gain)
 
     def _powers(self, x: Tensor, lift: float) -> Tensor:
-        """x / LOWER in [2^(n - lift), 2^(n + 1 - lift)) as 2^n; x itself where the grid is even."""
-        factor = 2.0 ** (ROUNDED - 1 + lift) / LOWER
-        pull = self.pull * factor
-        even = not bool(self.pull.all())
-        large = x * (self.steps[0].row(pull, x.dim()) if even else factor)
+        """2^n for x / LOWER in [2^(n - lift), 2^(n + 1 - lift)); x itself where the grid is even."""
+        factor = 2.0 ** (DIGITS - 1 + lift) / LOWER
+        large = x * (self.steps[0].row(self.pull * factor, x.dim()) if self.mixed else factor)
         return large - (large - x)
 
     def _plane(self, x: Tensor, divisor: float, gain: Tensor) -> Codes:
-        codes, zero = self.dialect.quantize(x, torch.full((1,), divisor), cast(Tensor, self.nothing), BYTES, 1)
+        """Bytes; a half, which is half of the smallest value, rounds to zero as the grid has it."""
+        codes, zero = self.dialect.quantize(x, torch.full((1,), divisor), self.nothing, BYTES, 1)
         return Codes(codes, zero, gain * divisor)
 
 

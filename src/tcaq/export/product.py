@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -15,19 +16,25 @@ from tcaq.quantizers.probability import ProbabilityQuantizer
 
 
 class ProductStandIn(nn.Module):
-    """Products in integers, of operands on even grids; see QuantizedProduct."""
+    """Products in integers, of operands on even grids; see QuantizedProduct.
+
+    Keys arrive transposed, and are turned back before they become codes: bytes are transposed in a third of the time.
+    """
 
     is_float = False
 
     def __init__(self, product: QuantizedProduct, dialect: ProductDialect, steps: Steps) -> None:
         super().__init__()
         self.dialect = dialect
+        self.keys = isinstance(product.left_quantizer, AffineQuantizer)
         self.left = _grid(cast("AffineQuantizer | ProbabilityQuantizer", product.left_quantizer), dialect, steps, False)
         self.right = _grid(cast(AffineQuantizer, product.right_quantizer), dialect, steps, True)
 
     def forward(self, left: Tensor, right: Tensor, *, scale: float = 1.0) -> Tensor:
         """`left @ right * scale`, float [batch, heads, ...]."""
-        return self.dialect.product(self.left(left, 1), self.right(right, 1), scale)
+        codes = self.right(right.transpose(-1, -2), 1) if self.keys else self.right(right, 1)
+        codes = replace(codes, codes=codes.codes.transpose(-1, -2)) if self.keys else codes
+        return self.dialect.product(self.left(left, 1), codes, scale)
 
 
 def is_even(product: QuantizedProduct) -> bool:
