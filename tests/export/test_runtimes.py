@@ -18,8 +18,7 @@ from tcaq.export.example import Example
 from tcaq.export.folder import CARD
 from tcaq.export.interface import Input, Interface
 from tcaq.export.parity import parity
-from tcaq.export.powers import PowersStandIn, is_coarse
-from tcaq.export.product import ProductStandIn
+from tcaq.export.product import PowersStandIn, ProductStandIn
 from tcaq.export.standin import Dialect, Steps
 from tcaq.export.traceable import stand_in
 from tcaq.layers.product import QuantizedProduct
@@ -27,7 +26,7 @@ from tcaq.models.sampler import sample
 from tcaq.processor import has_vnni
 from tcaq.quantizers.clock import StepClock
 from tcaq.recipes.quantize import quantize
-from tcaq.spec.grid import AdaptiveGrid, AffineGrid, Log2Grid, UnitGrid
+from tcaq.spec.grid import AdaptiveGrid, AffineGrid, UnitGrid
 from tcaq.spec.plan import LayerGrids
 from tcaq.spec.steps import StepGroups
 from tests.integer.test_layers import bound, quantized, spread_widths
@@ -182,7 +181,6 @@ def test_products_of_powers_of_two_equal_their_fake_ones(bits, per_octave, chose
     product.right_quantizer.set_rows(torch.tensor([0.02, 0.03]), torch.tensor([120.0, 97.0]))
     peaks, scales = torch.tensor([0.9, 0.37]), torch.tensor([0.05, 0.06])
     product.left_quantizer.set_rows(scales, peaks, torch.tensor(chosen))
-    assert is_coarse(product)
     p, v = torch.rand(2, 3, 9, 11), torch.randn(2, 3, 11, 5, generator=draw)
     found = run_product(PowersStandIn, product, p, v, tmp_path / "product.onnx", vnni)
     codes = torch.arange(-2, 2**bits + 8).repeat(3)  # above the peak, every value of the grid, and below the last
@@ -195,27 +193,6 @@ def test_products_of_powers_of_two_equal_their_fake_ones(bits, per_octave, chose
         left, right = (quantizer(x).double() for quantizer, x in zip(product.operands.values(), (p, v), strict=True))
         assert len(left.unique()) == 2**bits
         torch.testing.assert_close(found(p, time, v), (left @ right * 0.5).float(), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("grid", "coarse"),
-    [
-        (AdaptiveGrid(bits=4, per_octave=2), True),
-        (Log2Grid(bits=3), True),
-        (AdaptiveGrid(bits=4, per_octave=4), False),
-        (AdaptiveGrid(bits=5), False),
-        (AdaptiveGrid(bits=4, wider=(8,)), False),
-        (UnitGrid(bits=4), False),
-        (AffineGrid(bits=4), False),
-    ],
-    ids=str,
-)
-def test_which_grids_are_planes_of_powers_of_two(grid, coarse) -> None:
-    clock = StepClock(StepGroups(boundaries=(500.0,)))
-    product = QuantizedProduct(LayerGrids(name="product", kind="mix", inputs=(grid, AffineGrid(bits=8))), clock)
-    if not isinstance(grid, AffineGrid):
-        product.left_quantizer.use_log2[1] = not isinstance(grid, UnitGrid)
-    assert is_coarse(product) is coarse
 
 
 @torch.no_grad()

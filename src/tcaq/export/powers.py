@@ -1,29 +1,24 @@
-"""Stand-in for a product whose left operand is on a coarse log2 grid: whole numbers after all, in two planes of them.
+"""Probabilities on a coarse log2 grid as sums of powers of two, without a logarithm.
 
-A value of such a grid is a power of two, or `√2` times one. Powers of two are whole numbers, and `√2` times one of them is that
-power and `√2 - 1` times the same once more: two products of bytes, scaled and added. No code is computed, and no logarithm: a
-number about 2^23 times as large as another has room for only one power of two of it, so that adding rounds it to that.
+A value of such a grid is a power of two, or `√2` times one: that power and `√2 - 1` times the same once more. No code is computed.
+A number about 2^23 times as large as another has room for only one power of two of it, so that adding rounds it to that.
 """
 
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from tcaq.export.standin import Codes, Grid, ProductDialect, Steps
-from tcaq.layers.product import QuantizedProduct
-from tcaq.quantizers.affine import AffineQuantizer
+from tcaq.export.standin import Steps
 from tcaq.quantizers.mixed import MixedProbabilityQuantizer
 from tcaq.quantizers.probability import ProbabilityQuantizer
 
 MOST_BITS = 4
-"""More codes do not fit two planes of bytes."""
-HIGHEST = 128
-"""The largest power of two in a byte."""
-BYTES = 255
+MOST_PER_OCTAVE = 2
+BESIDE = math.sqrt(2) - 1
+"""What the second of two powers is worth."""
 DIGITS = 24
 """Of a float, binary ones."""
 LOWER = 2.0**-0.2
@@ -31,57 +26,51 @@ LOWER = 2.0**-0.2
 lift that is used."""
 
 
-class PowersStandIn(nn.Module):
-    """A product of probabilities on a grid of one or two values to each halving, or an even one in some step groups.
+class Powers(nn.Module):
+    """A grid of one or two values to each halving, in units of its smallest one, or an even one in some step groups.
 
     Attributes: unit: float32 [groups], multiplies probabilities; limit: float32 [groups], the largest value after that; pull:
         float32 [groups], 1, or 0 where the grid is even: nothing is rounded to powers of two there; gain: float32 [groups], what 1
-        is worth then; nothing: [1], a zero point of zero.
+        is worth then.
     """
 
-    is_float = False
     unit: Tensor
     limit: Tensor
     pull: Tensor
     gain: Tensor
-    nothing: Tensor
 
-    def __init__(self, product: QuantizedProduct, dialect: ProductDialect, steps: Steps) -> None:
+    def __init__(self, quantizer: ProbabilityQuantizer, steps: Steps) -> None:
+        """Args: quantizer: see is_coarse."""
         super().__init__()
-        quantizer = cast(ProbabilityQuantizer, product.left_quantizer)
-        self.dialect, self.steps = dialect, (steps,)
-        self.right = Grid.of(cast(AffineQuantizer, product.right_quantizer), dialect, steps, second=True)
-        self.halved, log2 = quantizer.grid.per_octave == 2, quantizer.use_log2
-        largest = 2.0 ** ((quantizer.last - 1) // quantizer.grid.per_octave)  # so that the smallest value is 1
+        per_octave, log2 = quantizer.grid.per_octave, quantizer.use_log2
+        self.steps, self.halved, self.mixed = (steps,), per_octave == 2, not bool(log2.all())
+        largest = 2.0 ** ((quantizer.last - 1) // per_octave)
         gain = torch.where(log2, quantizer.peak / largest, quantizer.scale)
         tables = {
             "unit": torch.where(log2, LOWER, 1.0) / gain, "pull": log2.float(), "gain": gain,
-            "limit": torch.where(log2, largest * LOWER, float(quantizer.last)), "nothing": dialect.zeros(torch.zeros(1)),
+            "limit": torch.where(log2, largest * LOWER, float(quantizer.last)),
         }  # fmt: skip
         for name, table in tables.items():
             self.register_buffer(name, table)
-        self.mixed = not bool(log2.all())
 
-    def forward(self, left: Tensor, right: Tensor, *, scale: float = 1.0) -> Tensor:
-        """`left @ right * scale`, float [batch, heads, ...]."""
-        step, codes = self.steps[0], self.right(right, 1)
-        gain, limit = (step.row(table, 1) for table in (self.gain, self.limit))
+    def forward(self, p: Tensor) -> tuple[Tensor, ...]:
+        """What must yet be rounded to whole numbers, where a half, of values below the grid, becomes zero.
+
+        Args: p: float [batch, ...] in [0, 1].
+        Returns: float, the shape of p: powers of two, or two of them, the second worth `BESIDE` times as much; codes and zeros
+            where the grid is even.
+        """
+        step = self.steps[0]
         # a number, not a tensor of one: ONNX Runtime compares with that in all threads
-        x = (left * step.row(self.unit, left.dim())).clamp(max=limit.reshape(()))
-        planes = self._halves(x, gain) if self.halved else self._parts(x, gain)
-        first, second = (self.dialect.product(plane, codes, scale) for plane in planes)
-        return first + second
+        x = (p * step.row(self.unit, p.dim())).clamp(max=step.row(self.limit, 1).reshape(()))
+        if not self.halved:
+            return (self._powers(x, 0.5),)
+        below = self._powers(x, 0.25)
+        return below, self._powers(x, 0.75) - below
 
-    def _halves(self, x: Tensor, gain: Tensor) -> tuple[Codes, Codes]:
-        """The powers of two that values are, or that they are `√2` times, and the latter ones once more."""
-        below, above = self._powers(x, 0.25), self._powers(x, 0.75)
-        return self._plane(below, 1.0, gain), self._plane(above - below, 1.0, gain * (math.sqrt(2) - 1))
-
-    def _parts(self, x: Tensor, gain: Tensor) -> tuple[Codes, Codes]:
-        """Powers of two up to the highest in a byte, and what larger ones exceed it by, in multiples of it."""
-        powers = self._powers(x, 0.5)
-        low = powers.clamp(max=HIGHEST)
-        return self._plane(low, 1.0, gain), self._plane(powers - low, float(HIGHEST), gain)
+    def worth(self) -> Tensor:
+        """The running group's gain, float [1]."""
+        return self.steps[0].row(self.gain, 1)
 
     def _powers(self, x: Tensor, lift: float) -> Tensor:
         """2^n for x / LOWER in [2^(n - lift), 2^(n + 1 - lift)); x itself where the grid is even."""
@@ -89,15 +78,10 @@ class PowersStandIn(nn.Module):
         large = x * (self.steps[0].row(self.pull * factor, x.dim()) if self.mixed else factor)
         return large - (large - x)
 
-    def _plane(self, x: Tensor, divisor: float, gain: Tensor) -> Codes:
-        """Bytes; a half, which is half of the smallest value, rounds to zero as the grid has it."""
-        codes, zero = self.dialect.quantize(x, torch.full((1,), divisor), self.nothing, BYTES, 1)
-        return Codes(codes, zero, gain * divisor)
 
-
-def is_coarse(product: QuantizedProduct) -> bool:
-    """Whether a product's left operand is on a log2 grid in some step group, and its values fit two planes."""
-    left = product.left_quantizer
-    if not isinstance(left, ProbabilityQuantizer) or isinstance(left, MixedProbabilityQuantizer):
+def is_coarse(quantizer: nn.Module | None) -> bool:
+    """Whether a quantizer is one of probabilities, on a log2 grid in some step group, with few values."""
+    if not isinstance(quantizer, ProbabilityQuantizer) or isinstance(quantizer, MixedProbabilityQuantizer):
         return False
-    return bool(left.use_log2.any()) and left.grid.bits <= MOST_BITS and left.grid.per_octave <= 2
+    few = quantizer.grid.bits <= MOST_BITS and quantizer.grid.per_octave <= MOST_PER_OCTAVE
+    return few and bool(quantizer.use_log2.any())

@@ -1,4 +1,4 @@
-"""Stand-in for a product of two activations."""
+"""Stand-ins for products of two activations."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from tcaq.export.standin import Dialect, Grid, ProductDialect, Steps
+from tcaq.export.powers import BESIDE, Powers
+from tcaq.export.standin import Codes, Dialect, Grid, ProductDialect, Steps
 from tcaq.layers.product import QuantizedProduct
 from tcaq.quantizers.affine import AffineQuantizer
 from tcaq.quantizers.mixed import MixedProbabilityQuantizer
 from tcaq.quantizers.probability import ProbabilityQuantizer
+
+HIGHEST, BYTE_TOP = 128.0, 255
+"""The largest power of two in a byte, and the largest number."""
 
 
 class ProductStandIn(nn.Module):
@@ -35,6 +39,36 @@ class ProductStandIn(nn.Module):
         codes = self.right(right.transpose(-1, -2), 1) if self.keys else self.right(right, 1)
         codes = replace(codes, codes=codes.codes.transpose(-1, -2)) if self.keys else codes
         return self.dialect.product(self.left(left, 1), codes, scale)
+
+
+class PowersStandIn(nn.Module):
+    """Products of probabilities on a coarse log2 grid: powers of two are whole numbers, too, in two planes of bytes."""
+
+    is_float = False
+    nothing: Tensor
+
+    def __init__(self, product: QuantizedProduct, dialect: ProductDialect, steps: Steps) -> None:
+        super().__init__()
+        self.dialect = dialect
+        self.left = Powers(cast(ProbabilityQuantizer, product.left_quantizer), steps)
+        self.right = Grid.of(cast(AffineQuantizer, product.right_quantizer), dialect, steps, second=True)
+        self.register_buffer("nothing", dialect.zeros(torch.zeros(1)))
+
+    def forward(self, left: Tensor, right: Tensor, *, scale: float = 1.0) -> Tensor:
+        """`left @ right * scale`, float [batch, heads, ...]."""
+        codes, planes = self.right(right, 1), self.left(left)
+        if len(planes) == 1:  # larger powers exceed a byte's highest by multiples of it
+            low = planes[0].clamp(max=HIGHEST)
+            pairs = (self._plane(low, 1.0, 1.0), self._plane(planes[0] - low, HIGHEST, HIGHEST))
+        else:
+            pairs = (self._plane(planes[0], 1.0, 1.0), self._plane(planes[1], 1.0, BESIDE))
+        first, second = (self.dialect.product(plane, codes, scale) for plane in pairs)
+        return first + second
+
+    def _plane(self, x: Tensor, divisor: float, worth: float) -> Codes:
+        """Whole numbers of `divisor` as codes."""
+        codes, zero = self.dialect.quantize(x, torch.full((1,), divisor), self.nothing, BYTE_TOP, 1)
+        return Codes(codes, zero, self.left.worth() * worth)
 
 
 def is_even(product: QuantizedProduct) -> bool:
