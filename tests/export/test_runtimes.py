@@ -18,6 +18,7 @@ from tcaq.export.example import Example
 from tcaq.export.folder import CARD
 from tcaq.export.interface import Input, Interface
 from tcaq.export.parity import parity
+from tcaq.export.probability import probability_stand_in
 from tcaq.export.product import PowersStandIn, ProductStandIn
 from tcaq.export.standin import Dialect, Steps
 from tcaq.export.traceable import stand_in
@@ -25,6 +26,7 @@ from tcaq.layers.product import QuantizedProduct
 from tcaq.models.sampler import sample
 from tcaq.processor import has_vnni
 from tcaq.quantizers.clock import StepClock
+from tcaq.quantizers.probability import ProbabilityQuantizer
 from tcaq.recipes.quantize import quantize
 from tcaq.spec.grid import AdaptiveGrid, AffineGrid, UnitGrid
 from tcaq.spec.plan import LayerGrids
@@ -193,6 +195,44 @@ def test_products_of_powers_of_two_equal_their_fake_ones(bits, per_octave, chose
         left, right = (quantizer(x).double() for quantizer, x in zip(product.operands.values(), (p, v), strict=True))
         assert len(left.unique()) == 2**bits
         torch.testing.assert_close(found(p, time, v), (left @ right * 0.5).float(), rtol=1e-5, atol=1e-5)
+
+
+class Attended(nn.Module):
+    """Quantized probabilities, and the probabilities, of scores at a timestep."""
+
+    def __init__(self, quantizer: ProbabilityQuantizer) -> None:
+        super().__init__()
+        self.steps = (Steps(quantizer.clock.boundaries),)
+        self.quantizer = probability_stand_in(quantizer, self.steps[0])
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        self.steps[0].set(timestep)
+        p = torch.softmax(sample, -1)
+        return torch.stack([self.quantizer(p), p])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chosen", [(True, True), (True, False)], ids=["log2", "both"])
+@pytest.mark.parametrize("per_octave", [1, 2])
+def test_runtimes_leave_the_rounding_to_powers_of_two_as_it_is(form, per_octave, chosen, tmp_path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    grid = AdaptiveGrid(bits=4, per_octave=per_octave)
+    quantizer = ProbabilityQuantizer(grid, StepClock(StepGroups(boundaries=(500.0,))))
+    quantizer.set_rows(torch.tensor([0.05, 0.06]), torch.tensor([0.9, 0.37]), torch.tensor(chosen))
+    scores = torch.randn(2, 3, 64, 48, generator=draw) * torch.linspace(0.1, 8, 64).reshape(-1, 1)
+    interface = Interface(
+        ("sample", "timestep"), (Input("sample", "float32", {0: "batch"}), Input("timestep", "float32", {}))
+    )
+    module, path = (onnx, tmp_path / "p.onnx") if form == "onnx" else (openvino, tmp_path / "p.xml")
+    module.write_traced(Attended(quantizer).eval(), Example(interface, (scores, torch.zeros(1))), path)
+    predict = module.open_onnx(path) if form == "onnx" else module.open_openvino(path)
+    for time in (10.0, 900.0):
+        quantizer.clock.set(time)
+        found, p = torch.from_numpy(predict(scores.numpy(), np.array([time], dtype=np.float32)))
+        expected = quantizer(p)
+        assert len(expected.unique()) > 8
+        off = (found - expected).abs() > 1e-5 * expected
+        assert off.double().mean() < 1e-3  # on the edge between two codes
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Probabilities on a coarse log2 grid as sums of powers of two, without a logarithm.
 
 A value of such a grid is a power of two, or `√2` times one: that power and `√2 - 1` times the same once more. No code is computed.
-A number about 2^23 times as large as another has room for only one power of two of it, so that adding rounds it to that.
+A number 2^23 times as large as another has room for only the first digit of it, so that adding rounds it to a power of two.
 """
 
 from __future__ import annotations
@@ -17,27 +17,23 @@ from tcaq.quantizers.probability import ProbabilityQuantizer
 
 MOST_BITS = 4
 MOST_PER_OCTAVE = 2
-BESIDE = math.sqrt(2) - 1
-"""What the second of two powers is worth."""
-DIGITS = 24
-"""Of a float, binary ones."""
-LOWER = 2.0**-0.2
-"""Values are taken so much smaller: each is then nearer than half a power of two to the one that it shall be rounded to, for every
-lift that is used."""
+LARGE = 2.0**23
+"""A power of two, by which products are exact: runtimes may then join them with what is added."""
 
 
 class Powers(nn.Module):
     """A grid of one or two values to each halving, in units of its smallest one, or an even one in some step groups.
 
-    Attributes: unit: float32 [groups], multiplies probabilities; limit: float32 [groups], the largest value after that; pull:
-        float32 [groups], 1, or 0 where the grid is even: nothing is rounded to powers of two there; gain: float32 [groups], what 1
-        is worth then.
+    Attributes: unit: float32 [groups], multiplies probabilities; limit: float32 [groups], the largest value after that; large:
+        float32 [groups], `LARGE`, or 0 where the grid is even: nothing is rounded to powers of two there; worth: float32 [groups],
+        what 1 is worth after rounding; beside: float32 [groups], the same of what is between two powers.
     """
 
     unit: Tensor
     limit: Tensor
-    pull: Tensor
-    gain: Tensor
+    large: Tensor
+    worth: Tensor
+    beside: Tensor
 
     def __init__(self, quantizer: ProbabilityQuantizer, steps: Steps) -> None:
         """Args: quantizer: see is_coarse."""
@@ -45,37 +41,36 @@ class Powers(nn.Module):
         per_octave, log2 = quantizer.grid.per_octave, quantizer.use_log2
         self.steps, self.halved, self.mixed = (steps,), per_octave == 2, not bool(log2.all())
         largest = 2.0 ** ((quantizer.last - 1) // per_octave)
-        gain = torch.where(log2, quantizer.peak / largest, quantizer.scale)
+        worth = torch.where(log2, quantizer.peak / largest, quantizer.scale)
+        # 1.5, from which a float is rounded to the next power, lies halfway between two values in octaves
+        middle = 1.5 * 2.0 ** (0.5 / per_octave - 1)
         tables = {
-            "unit": torch.where(log2, LOWER, 1.0) / gain, "pull": log2.float(), "gain": gain,
-            "limit": torch.where(log2, largest * LOWER, float(quantizer.last)),
+            "unit": torch.where(log2, middle, 1.0) / worth, "large": log2 * LARGE, "worth": worth,
+            "limit": torch.where(log2, largest * middle, float(quantizer.last)),
+            "beside": worth * log2 * (math.sqrt(2) - 1),
         }  # fmt: skip
         for name, table in tables.items():
             self.register_buffer(name, table)
 
-    def forward(self, p: Tensor) -> tuple[Tensor, ...]:
-        """What must yet be rounded to whole numbers, where a half, of values below the grid, becomes zero.
+    def forward(self, p: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        """What p is the sum of.
 
         Args: p: float [batch, ...] in [0, 1].
-        Returns: float, the shape of p: powers of two, or two of them, the second worth `BESIDE` times as much; codes and zeros
-            where the grid is even.
+        Returns: numbers, float, the shape of p, and what 1 of them is worth, [1]. They are powers of two and zero, or whole where
+            the grid is even, once they are rounded: values below the grid are one half or less here.
         """
         step = self.steps[0]
+        limit, worth, beside = (step.row(table, 1) for table in (self.limit, self.worth, self.beside))
         # a number, not a tensor of one: ONNX Runtime compares with that in all threads
-        x = (p * step.row(self.unit, p.dim())).clamp(max=step.row(self.limit, 1).reshape(()))
-        if not self.halved:
-            return (self._powers(x, 0.5),)
-        below = self._powers(x, 0.25)
-        return below, self._powers(x, 0.75) - below
+        x = (p * step.row(self.unit, p.dim())).clamp(max=limit.reshape(()))
+        powers = self._powers(x)
+        return (
+            ((powers, worth), (self._powers(x * math.sqrt(2)) - powers, beside)) if self.halved else ((powers, worth),)
+        )
 
-    def worth(self) -> Tensor:
-        """The running group's gain, float [1]."""
-        return self.steps[0].row(self.gain, 1)
-
-    def _powers(self, x: Tensor, lift: float) -> Tensor:
-        """2^n for x / LOWER in [2^(n - lift), 2^(n + 1 - lift)); x itself where the grid is even."""
-        factor = 2.0 ** (DIGITS - 1 + lift) / LOWER
-        large = x * (self.steps[0].row(self.pull * factor, x.dim()) if self.mixed else factor)
+    def _powers(self, x: Tensor) -> Tensor:
+        """The power of two nearest to x; x itself where the grid is even."""
+        large = x * (self.steps[0].row(self.large, x.dim()) if self.mixed else LARGE)
         return large - (large - x)
 
 

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from tcaq.export.powers import BESIDE, Powers, is_coarse
+from tcaq.export.powers import Powers, is_coarse
 from tcaq.export.standin import Steps
 from tcaq.quantizers.mixed import MixedProbabilityQuantizer
 from tcaq.quantizers.probability import ProbabilityQuantizer
@@ -73,9 +73,8 @@ class CoarseStandIn(nn.Module):
 
     def forward(self, p: Tensor) -> Tensor:
         """Quantize-dequantize `p`, float [batch, ...] in [0, 1]."""
-        first, *second = (plane.round() for plane in self.powers(p))
-        whole = first + second[0] * BESIDE if second else first
-        return cast(Tensor, whole * self.powers.worth())
+        first, *more = (numbers.round() * worth for numbers, worth in self.powers(p))
+        return cast(Tensor, first + more[0] if more else first)
 
 
 def probability_stand_in(quantizer: ProbabilityQuantizer, steps: Steps) -> ProbabilityStandIn | CoarseStandIn:

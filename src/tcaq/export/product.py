@@ -8,15 +8,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from tcaq.export.powers import BESIDE, Powers
+from tcaq.export.powers import Powers
 from tcaq.export.standin import Codes, Dialect, Grid, ProductDialect, Steps
 from tcaq.layers.product import QuantizedProduct
 from tcaq.quantizers.affine import AffineQuantizer
 from tcaq.quantizers.mixed import MixedProbabilityQuantizer
 from tcaq.quantizers.probability import ProbabilityQuantizer
 
-HIGHEST, BYTE_TOP = 128.0, 255
-"""The largest power of two in a byte, and the largest number."""
+HIGHEST, LARGEST = 128.0, 255
+"""The highest power of two in a byte, and the largest number."""
 
 
 class ProductStandIn(nn.Module):
@@ -58,17 +58,15 @@ class PowersStandIn(nn.Module):
         """`left @ right * scale`, float [batch, heads, ...]."""
         codes, planes = self.right(right, 1), self.left(left)
         if len(planes) == 1:  # larger powers exceed a byte's highest by multiples of it
-            low = planes[0].clamp(max=HIGHEST)
-            pairs = (self._plane(low, 1.0, 1.0), self._plane(planes[0] - low, HIGHEST, HIGHEST))
-        else:
-            pairs = (self._plane(planes[0], 1.0, 1.0), self._plane(planes[1], 1.0, BESIDE))
-        first, second = (self.dialect.product(plane, codes, scale) for plane in pairs)
+            ((powers, worth),) = planes
+            low = powers.clamp(max=HIGHEST)
+            planes = (low, worth), ((powers - low) / HIGHEST, worth * HIGHEST)
+        first, second = (self.dialect.product(self._codes(*plane), codes, scale) for plane in planes)
         return first + second
 
-    def _plane(self, x: Tensor, divisor: float, worth: float) -> Codes:
-        """Whole numbers of `divisor` as codes."""
-        codes, zero = self.dialect.quantize(x, torch.full((1,), divisor), self.nothing, BYTE_TOP, 1)
-        return Codes(codes, zero, self.left.worth() * worth)
+    def _codes(self, numbers: Tensor, worth: Tensor) -> Codes:
+        codes, zero = self.dialect.quantize(numbers, torch.ones(1), self.nothing, LARGEST, 1)
+        return Codes(codes, zero, worth)
 
 
 def is_even(product: QuantizedProduct) -> bool:
