@@ -18,15 +18,17 @@ from tcaq.export.example import Example
 from tcaq.export.folder import CARD
 from tcaq.export.interface import Input, Interface
 from tcaq.export.parity import parity
-from tcaq.export.product import ProductStandIn
+from tcaq.export.probability import probability_stand_in
+from tcaq.export.product import PowersStandIn, ProductStandIn
 from tcaq.export.standin import Dialect, Steps
 from tcaq.export.traceable import stand_in
 from tcaq.layers.product import QuantizedProduct
 from tcaq.models.sampler import sample
 from tcaq.processor import has_vnni
 from tcaq.quantizers.clock import StepClock
+from tcaq.quantizers.probability import ProbabilityQuantizer
 from tcaq.recipes.quantize import quantize
-from tcaq.spec.grid import AffineGrid, UnitGrid
+from tcaq.spec.grid import AdaptiveGrid, AffineGrid, UnitGrid
 from tcaq.spec.plan import LayerGrids
 from tcaq.spec.steps import StepGroups
 from tests.integer.test_layers import bound, quantized, spread_widths
@@ -79,6 +81,29 @@ def run_layer(form: str, layer: nn.Module, x: Tensor, path: Path, vnni: bool):
     module.write_traced(OneLayer(layer, dialect).eval(), Example(interface, (x, torch.zeros(1))), path)
     predict = module.open_onnx(path) if form == "onnx" else module.open_openvino(path)
     return lambda time, x=x: torch.from_numpy(predict(x.numpy(), np.array([time], dtype=np.float32)))
+
+
+class OneProduct(nn.Module):
+    """A product as a model of its own, at a timestep."""
+
+    def __init__(self, product: nn.Module, steps: Steps) -> None:
+        super().__init__()
+        self.product, self.steps = product, (steps,)
+
+    def forward(self, sample: Tensor, timestep: Tensor, other: Tensor) -> Tensor:
+        self.steps[0].set(timestep)
+        return self.product(sample, other, scale=0.5)
+
+
+def run_product(kind: type, product: QuantizedProduct, p: Tensor, v: Tensor, path: Path, vnni: bool):
+    """Halved products in ONNX Runtime, as a function of p, the timestep and v."""
+    steps, names = Steps(product.right_quantizer.clock.boundaries), ("sample", "timestep", "other")
+    free = {"sample": {2: "rows", 3: "inner"}, "timestep": {}, "other": {2: "inner"}}
+    interface = Interface(names, tuple(Input(name, "float32", free[name]) for name in names))
+    traced = OneProduct(kind(product, onnx.OnnxDialect(vnni), steps), steps)
+    onnx.write_traced(traced.eval(), Example(interface, (p, torch.zeros(1), v)), path)
+    predict = onnx.open_onnx(path)
+    return lambda p, time, v=v: torch.from_numpy(predict(p.numpy(), np.array([time], dtype=np.float32), v.numpy()))
 
 
 MIXED = AffineGrid(bits=3, wider=(8,))
@@ -137,25 +162,77 @@ def test_products_of_codes_equal_their_fake_ones(left, vnni, tmp_path) -> None:
     product.right_quantizer.set_rows(torch.tensor([0.02, 0.03]), torch.tensor([120.0, 97.0]))
     if isinstance(left, AffineGrid):
         product.left_quantizer.set_rows(torch.tensor([0.005, 0.004]), torch.tensor([3.0, 70.0]))
-    steps = Steps(clock.boundaries)
-
-    class OneProduct(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.product = ProductStandIn(product, onnx.OnnxDialect(vnni), steps)
-
-        def forward(self, sample: Tensor, timestep: Tensor, other: Tensor) -> Tensor:
-            steps.set(timestep)
-            return self.product(sample, other, scale=0.5)
-
-    given = [Input(name, "float32", {}) for name in ("sample", "timestep", "other")]
-    example = Example(Interface(("sample", "timestep", "other"), tuple(given)), (p, torch.zeros(1), v))
-    onnx.write_traced(OneProduct().eval(), example, tmp_path / "product.onnx")
-    predict = onnx.open_onnx(tmp_path / "product.onnx")
+    found = run_product(ProductStandIn, product, p, v, tmp_path / "product.onnx", vnni)
     for time in (10.0, 900.0):
         clock.set(time)
-        found = torch.from_numpy(predict(p.numpy(), np.array([time], dtype=np.float32), v.numpy()))
-        torch.testing.assert_close(found, product(p, v, scale=0.5), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found(p, time), product(p, v, scale=0.5), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("vnni", [False, True], ids=["anywhere", "vnni"])
+@pytest.mark.parametrize("chosen", [(True, True), (True, False)], ids=["log2", "both"])
+@pytest.mark.parametrize("per_octave", [1, 2])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_products_of_powers_of_two_equal_their_fake_ones(bits, per_octave, chosen, vnni, tmp_path) -> None:
+    pytest.importorskip("onnxruntime")
+    if vnni and not has_vnni():
+        pytest.skip("this processor has no VNNI instructions, without which sums are clipped")
+    clock, draw = StepClock(StepGroups(boundaries=(500.0,))), torch.Generator().manual_seed(0)
+    grid = AdaptiveGrid(bits=bits, per_octave=per_octave)
+    product = QuantizedProduct(LayerGrids(name="product", kind="mix", inputs=(grid, AffineGrid(bits=8))), clock)
+    product.right_quantizer.set_rows(torch.tensor([0.02, 0.03]), torch.tensor([120.0, 97.0]))
+    peaks, scales = torch.tensor([0.9, 0.37]), torch.tensor([0.05, 0.06])
+    product.left_quantizer.set_rows(scales, peaks, torch.tensor(chosen))
+    p, v = torch.rand(2, 3, 9, 11), torch.randn(2, 3, 11, 5, generator=draw)
+    found = run_product(PowersStandIn, product, p, v, tmp_path / "product.onnx", vnni)
+    codes = torch.arange(-2, 2**bits + 8).repeat(3)  # above the peak, every value of the grid, and below the last
+    for group, time in enumerate((10.0, 900.0)):
+        beside = codes + 0.98 * (torch.rand(2, 3, 9, len(codes), generator=draw) - 0.5)  # never on the edge of a code
+        p = peaks[group] * torch.exp2(-beside / per_octave) if chosen[group] else scales[group] * beside.clamp(min=0)
+        p[:, :, 0] = 0.0
+        v = torch.randn(2, 3, len(codes), 5, generator=draw)
+        clock.set(time)
+        left, right = (quantizer(x).double() for quantizer, x in zip(product.operands.values(), (p, v), strict=True))
+        assert len(left.unique()) == 2**bits
+        torch.testing.assert_close(found(p, time, v), (left @ right * 0.5).float(), rtol=1e-5, atol=1e-5)
+
+
+class Attended(nn.Module):
+    """Quantized probabilities, and the probabilities, of scores at a timestep."""
+
+    def __init__(self, quantizer: ProbabilityQuantizer) -> None:
+        super().__init__()
+        self.steps = (Steps(quantizer.clock.boundaries),)
+        self.quantizer = probability_stand_in(quantizer, self.steps[0])
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        self.steps[0].set(timestep)
+        p = torch.softmax(sample, -1)
+        return torch.stack([self.quantizer(p), p])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chosen", [(True, True), (True, False)], ids=["log2", "both"])
+@pytest.mark.parametrize("per_octave", [1, 2])
+def test_runtimes_leave_the_rounding_to_powers_of_two_as_it_is(form, per_octave, chosen, tmp_path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    grid = AdaptiveGrid(bits=4, per_octave=per_octave)
+    quantizer = ProbabilityQuantizer(grid, StepClock(StepGroups(boundaries=(500.0,))))
+    quantizer.set_rows(torch.tensor([0.05, 0.06]), torch.tensor([0.9, 0.37]), torch.tensor(chosen))
+    scores = torch.randn(2, 3, 64, 48, generator=draw) * torch.linspace(0.1, 8, 64).reshape(-1, 1)
+    interface = Interface(
+        ("sample", "timestep"), (Input("sample", "float32", {0: "batch"}), Input("timestep", "float32", {}))
+    )
+    module, path = (onnx, tmp_path / "p.onnx") if form == "onnx" else (openvino, tmp_path / "p.xml")
+    module.write_traced(Attended(quantizer).eval(), Example(interface, (scores, torch.zeros(1))), path)
+    predict = module.open_onnx(path) if form == "onnx" else module.open_openvino(path)
+    for time in (10.0, 900.0):
+        quantizer.clock.set(time)
+        found, p = torch.from_numpy(predict(scores.numpy(), np.array([time], dtype=np.float32)))
+        expected = quantizer(p)
+        assert len(expected.unique()) > 8
+        off = (found - expected).abs() > 1e-5 * expected
+        assert off.double().mean() < 1e-3  # on the edge between two codes
 
 
 @torch.no_grad()

@@ -8,7 +8,8 @@ from torch import nn
 
 from tcaq.errors import ModelError
 from tcaq.export.openvino import OpenVinoDialect
-from tcaq.export.probability import ProbabilityStandIn, probability_stand_in
+from tcaq.export.powers import is_coarse
+from tcaq.export.probability import CoarseStandIn, ProbabilityStandIn, probability_stand_in
 from tcaq.export.standin import Steps
 from tcaq.export.traceable import Traceable, stand_in
 from tcaq.models.bypass import attach_bypass
@@ -16,7 +17,7 @@ from tcaq.models.correction import attach_correction
 from tcaq.quantizers.clock import StepClock
 from tcaq.quantizers.mixed import probability_quantizer, set_widths
 from tcaq.quantizers.probability import ProbabilityQuantizer
-from tcaq.spec.grid import AdaptiveGrid, AffineGrid
+from tcaq.spec.grid import AdaptiveGrid, AffineGrid, Log2Grid, UnitGrid
 from tcaq.spec.steps import StepGroups
 from tests.integer.test_layers import bound, quantized, spread_widths
 
@@ -98,6 +99,45 @@ def test_probabilities_fall_on_the_same_grid() -> None:
             quantizer.clock.set(time)
             traced.steps[0].set(torch.tensor([time]))
             torch.testing.assert_close(traced(p), quantizer(p), rtol=1e-6, atol=1e-7)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chosen", [(True, True), (True, False)], ids=["log2", "both"])
+@pytest.mark.parametrize("per_octave", [1, 2])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_coarse_probabilities_need_no_logarithm(bits, per_octave, chosen) -> None:
+    steps, draw = StepGroups(boundaries=(500.0,)), torch.Generator().manual_seed(0)
+    quantizer = ProbabilityQuantizer(AdaptiveGrid(bits=bits, per_octave=per_octave), StepClock(steps))
+    quantizer.set_rows(torch.tensor([0.05, 0.06]), torch.tensor([0.9, 0.37]), torch.tensor(chosen))
+    group = Steps(quantizer.clock.boundaries)
+    traced = probability_stand_in(quantizer, group)
+    assert isinstance(traced, CoarseStandIn)
+    p = torch.rand(2, 3, 50, 40, generator=draw) ** torch.randint(1, 20, (2, 3, 50, 40), generator=draw)
+    p[0, 0, 0, 0] = 0.0
+    for time in (0.0, 900.0):
+        quantizer.clock.set(time)
+        group.set(torch.tensor([time]))
+        torch.testing.assert_close(traced(p), quantizer(p), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("grid", "coarse"),
+    [
+        (AdaptiveGrid(bits=4, per_octave=2), True),
+        (Log2Grid(bits=3), True),
+        (AdaptiveGrid(bits=4, per_octave=4), False),
+        (AdaptiveGrid(bits=5), False),
+        (AdaptiveGrid(bits=4, wider=(8,)), False),
+        (UnitGrid(bits=4), False),
+    ],
+    ids=str,
+)
+def test_which_grids_are_coarse(grid, coarse) -> None:
+    quantizer = probability_quantizer(grid, StepClock(StepGroups(boundaries=(500.0,))))
+    quantizer.use_log2[1] = not isinstance(grid, UnitGrid)
+    assert is_coarse(quantizer) is coarse
+    quantizer.use_log2.zero_()
+    assert not is_coarse(quantizer)
 
 
 @torch.no_grad()

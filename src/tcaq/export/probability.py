@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from tcaq.export.powers import Powers, is_coarse
 from tcaq.export.standin import Steps
 from tcaq.quantizers.mixed import MixedProbabilityQuantizer
 from tcaq.quantizers.probability import ProbabilityQuantizer
@@ -62,6 +64,19 @@ class ProbabilityStandIn(nn.Module):
         return torch.exp(codes * (-math.log(2) / density)) * (codes < top).float() * height
 
 
-def probability_stand_in(quantizer: ProbabilityQuantizer, steps: Steps) -> ProbabilityStandIn:
+class CoarseStandIn(nn.Module):
+    """The same for coarse log2 grids, without a logarithm, which OpenVINO computes number by number."""
+
+    def __init__(self, quantizer: ProbabilityQuantizer, steps: Steps) -> None:
+        super().__init__()
+        self.powers = Powers(quantizer, steps)
+
+    def forward(self, p: Tensor) -> Tensor:
+        """Quantize-dequantize `p`, float [batch, ...] in [0, 1]."""
+        first, *more = (numbers.round() * worth for numbers, worth in self.powers(p))
+        return cast(Tensor, first + more[0] if more else first)
+
+
+def probability_stand_in(quantizer: ProbabilityQuantizer, steps: Steps) -> ProbabilityStandIn | CoarseStandIn:
     """What is traced in place of a quantizer of probabilities."""
-    return ProbabilityStandIn(quantizer, steps)
+    return CoarseStandIn(quantizer, steps) if is_coarse(quantizer) else ProbabilityStandIn(quantizer, steps)

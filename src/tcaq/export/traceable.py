@@ -11,8 +11,9 @@ from tcaq.errors import ModelError
 from tcaq.export.interface import UNCONDITIONAL, Interface
 from tcaq.export.parts import plain_norms, plain_upsampling
 from tcaq.export.positions import free_positions
+from tcaq.export.powers import is_coarse
 from tcaq.export.probability import probability_stand_in
-from tcaq.export.product import ProductStandIn, is_even
+from tcaq.export.product import PowersStandIn, ProductStandIn, is_even
 from tcaq.export.standin import ConvStandIn, Dialect, LinearStandIn, ProductDialect, StandIn, Steps
 from tcaq.export.token import TokenStandIn
 from tcaq.layers.conv import QuantizedConv2d
@@ -48,6 +49,8 @@ class Traceable(nn.Module):
                 replace(self.denoiser, name, stand_in(layer, dialect, steps))
             elif isinstance(dialect, ProductDialect) and is_even(layer):
                 replace(self.denoiser, name, ProductStandIn(layer, dialect, steps))
+            elif isinstance(dialect, ProductDialect) and is_coarse(layer.left_quantizer):
+                replace(self.denoiser, name, PowersStandIn(layer, dialect, steps))
             else:
                 _follow(layer, steps)
         plain_upsampling(self.denoiser)
