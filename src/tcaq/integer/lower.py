@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal
 
 import torch
@@ -104,7 +105,10 @@ def lower(pipe: DiffusionPipeline, products: Products = "plan", compiled: bool =
     problems = {backend: backend.missing() for backend in backends}
     usable = [backend for backend, problem in problems.items() if problem is None]
     if not usable:
-        problem = "; ".join(map(str, problems.values())) or f"tcaq has no integer kernels for the device {device!r}"
+        problem = (
+            "; ".join(dict.fromkeys(map(str, problems.values())))
+            or f"tcaq has no integer kernels for the device {device!r}"
+        )
         warnings.warn(f"{problem}; the model runs fake-quantized, in float", RuntimeWarning, stacklevel=2)
         return Lowering(tuple(LayerExecution(name, "fake", problem) for name in layers))
     _leave_file(denoiser)
@@ -118,7 +122,12 @@ def lower(pipe: DiffusionPipeline, products: Products = "plan", compiled: bool =
     keep_blocks_in_place(denoiser)
     if quantizer is not None:
         denoiser.hf_quantizer = LoweredQuantizer(quantizer.quantization_config)
-    return Lowering(tuple(done), tuple(problem for problem in problems.values() if problem is not None))
+    return Lowering(tuple(done), _before(usable[0], problems))
+
+
+def _before(backend: Backend, problems: Mapping[Backend, str | None]) -> tuple[str, ...]:
+    """Why those that would come before a backend are not there."""
+    return tuple(str(problem) for _, problem in takewhile(lambda item: item[0] is not backend, problems.items()))
 
 
 def _lower(

@@ -16,12 +16,14 @@ from tcaq.integer.trial import try_conv, try_linear, try_product
 
 
 def missing() -> str | None:
-    """Why nothing can be compiled here, or what has no integer products at all; else None."""
+    """Why there are no integer products here at all, or nothing that is compiled around them; else None."""
+    if (problem := cpu.missing()) is not None:
+        return problem
     try:
         native_glue()
-    except CompilerError as problem:
-        return str(problem)
-    return cpu.missing()
+    except CompilerError as error:
+        return str(error)
+    return None
 
 
 class CompiledConv(cpu.CpuConv):
