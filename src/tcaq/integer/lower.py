@@ -101,14 +101,12 @@ def lower(pipe: DiffusionPipeline, products: Products = "plan", compiled: bool =
             f"the denoiser of this {type(pipe).__name__} is not quantized (or lowered already); nothing to lower"
         )
     device = next(denoiser.parameters()).device.type
-    backends = [backend for backend in BACKENDS.get(device, ()) if compiled or backend is not COMPILED]
-    problems = {backend: backend.missing() for backend in backends}
+    problems = {
+        backend: backend.missing() for backend in BACKENDS.get(device, ()) if compiled or backend is not COMPILED
+    }
     usable = [backend for backend, problem in problems.items() if problem is None]
     if not usable:
-        problem = (
-            "; ".join(dict.fromkeys(map(str, problems.values())))
-            or f"tcaq has no integer kernels for the device {device!r}"
-        )
+        problem = "; ".join(dict.fromkeys(map(str, problems.values()))) or f"tcaq has no integer kernels for {device!r}"
         warnings.warn(f"{problem}; the model runs fake-quantized, in float", RuntimeWarning, stacklevel=2)
         return Lowering(tuple(LayerExecution(name, "fake", problem) for name in layers))
     _leave_file(denoiser)
