@@ -6,6 +6,7 @@ shape is tried before a layer relies on it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -123,18 +124,33 @@ def linear_problem(shape: tuple[int, ...], span: Span) -> str | None:
     return try_linear(CpuLinear, shape, span)
 
 
-def product(left: Tensor, right: Tensor, row: Tensor | None, column: Tensor | None, scale: float) -> Tensor:
-    """See `backend.Product`. One matrix after another, so that its sums stay in the cache until they are scaled."""
-    left, right = dense(left), dense(right)
+def scale_sums(sums: Tensor, row: Tensor | None, column: Tensor | None, scale: float, out: Tensor) -> None:
+    """Write `(sums + row + column) * scale`, float32 [rows, columns].
+
+    Args: sums: int32 [rows, columns], overwritten; row, column: int32 [rows, 1] and [1, columns].
+    """
+    for more in (row, column):
+        if more is not None:
+            sums += more
+    torch.mul(sums, scale, out=out)
+
+
+def product(
+    left: Tensor, right: Tensor, row: Tensor | None, column: Tensor | None, scale: float,
+    finish: Callable[[Tensor, Tensor | None, Tensor | None, float, Tensor], None] = scale_sums,
+) -> Tensor:  # fmt: skip
+    """See `backend.Product`. One matrix after another, so that its sums stay in the cache until they are scaled by `finish`."""
+    left, right = _dense(left), _dense(right)
     result = torch.empty(*left.shape[:2], right.shape[2])
     sums = torch.empty(*result.shape[1:], dtype=torch.int32)
     for i in range(len(left)):
         torch._int_mm(left[i], right[i], out=sums)
-        for more in (row, column):
-            if more is not None:
-                sums += more[i]
-        torch.mul(sums, scale, out=result[i])
+        finish(sums, _part(row, i), _part(column, i), scale, result[i])
     return result
+
+
+def _part(stack: Tensor | None, index: int) -> Tensor | None:
+    return None if stack is None else stack[index]
 
 
 def float_product(left: Tensor, right: Tensor) -> Tensor:
@@ -155,7 +171,7 @@ def _has_linear() -> bool:
     return packet is not None and [argument.name for argument in packet.default._schema.arguments] == expected
 
 
-def dense(matrices: Tensor) -> Tensor:
+def _dense(matrices: Tensor) -> Tensor:
     """Matrices without gaps, by rows or by columns."""
     return matrices if matrices.mT.is_contiguous() else matrices.contiguous()
 

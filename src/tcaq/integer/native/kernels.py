@@ -84,7 +84,7 @@ def linear_problem(shape: tuple[int, ...], span: Span) -> str | None:
 
 def product(left: Tensor, right: Tensor, row: Tensor | None, column: Tensor | None, scale: float) -> Tensor:
     """See `backend.Product`."""
-    return native_glue().product(left, right, row, column, scale)
+    return cpu.product(left, right, row, column, scale, native_glue().scale_sums)
 
 
 def signed(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:

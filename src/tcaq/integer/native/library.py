@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from tcaq.integer.backend import Geometry, InputGrid, eager_log2, signed_codes
 from tcaq.integer.before import NormedSilu
-from tcaq.integer.cpu import dense
 from tcaq.integer.native.compiler import CompilerError, compiled
 from tcaq.numerics.log2 import dequantize_log2
 
@@ -146,17 +145,11 @@ class NativeGlue:
         self._fake_log2(*addresses, p.numel(), peak, per_octave, last, values.data_ptr(), torch.get_num_threads())
         return hats
 
-    def product(self, left: Tensor, right: Tensor, row: Tensor | None, column: Tensor | None, scale: float) -> Tensor:
-        """See `backend.Product`."""
-        left, right = dense(left), dense(right)
-        result = torch.empty(*left.shape[:2], right.shape[2])
-        sums = torch.empty(*result.shape[1:], dtype=torch.int32)
+    def scale_sums(self, sums: Tensor, row: Tensor | None, column: Tensor | None, scale: float, out: Tensor) -> None:
+        """See `cpu.scale_sums`."""
         row, column = (None if more is None else more.contiguous() for more in (row, column))
-        for i in range(len(left)):
-            torch._int_mm(left[i], right[i], out=sums)
-            more = (None if part is None else part[i].data_ptr() for part in (row, column))
-            self._scale_sums(sums.data_ptr(), *more, result[i].data_ptr(), *sums.shape, scale, torch.get_num_threads())
-        return result
+        more = (None if part is None else part.data_ptr() for part in (row, column))
+        self._scale_sums(sums.data_ptr(), *more, out.data_ptr(), *sums.shape, scale, torch.get_num_threads())
 
 
 def _function(function: Any, *arguments: Any, result: Any = None) -> Any:
