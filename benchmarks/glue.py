@@ -20,8 +20,8 @@ from torch.nn.functional import group_norm, silu
 
 from tcaq.allocator import keep_freed_memory
 from tcaq.integer.backend import InputGrid
-from tcaq.integer.before import NormedSilu
 from tcaq.integer.native.library import native_glue
+from tcaq.integer.normed import NormedSilu
 from tcaq.numerics.bytes import byte_codes
 
 GROUPS = 32

@@ -15,12 +15,12 @@ from torch.nn.functional import conv2d
 
 import tcaq
 from tcaq.integer.backend import Geometry, InputGrid, eager_log2, signed_codes
-from tcaq.integer.before import NormedSilu
 from tcaq.integer.layer import IntegerConv2d
 from tcaq.integer.native import compiler, library
 from tcaq.integer.native.compiler import CompilerError, compiled
 from tcaq.integer.native.kernels import COMPILED
 from tcaq.integer.native.library import NativeGlue, native_glue
+from tcaq.integer.normed import NormedSilu
 
 WITH_COMPILER = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 IMAGES = [(2, 24, 9, 7), (1, 3, 1, 1), (3, 130, 20, 16), (1, 512, 4, 4)]

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tcaq.integer.before import NormedSilu
+from tcaq.integer.normed import NormedSilu
 from tcaq.numerics.bytes import byte_codes, signed_bytes
 from tcaq.numerics.log2 import fake_quantize_log2
 

@@ -7,8 +7,8 @@ from typing import Any, cast
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from tcaq.integer.before import NormedSilu
 from tcaq.integer.layer import IntegerConv2d
+from tcaq.integer.normed import NormedSilu
 
 
 class IntegerResnetBlock(ResnetBlock2D):  # type: ignore[misc]

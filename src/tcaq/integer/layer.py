@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from tcaq.errors import CheckpointError
 from tcaq.integer.backend import FusingKernel, InputGrid, Kernel
-from tcaq.integer.before import NormedSilu
+from tcaq.integer.normed import NormedSilu
 from tcaq.integer.steps import by_group, step_rows
 from tcaq.layers.conv import QuantizedConv2d
 from tcaq.layers.linear import QuantizedLinear

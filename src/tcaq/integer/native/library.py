@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from tcaq.integer.backend import Geometry, InputGrid, eager_log2, signed_codes
-from tcaq.integer.before import NormedSilu
 from tcaq.integer.native.compiler import CompilerError, compiled
+from tcaq.integer.normed import NormedSilu
 from tcaq.numerics.log2 import dequantize_log2
 
 SOURCE = Path(__file__).with_name("glue.c")
