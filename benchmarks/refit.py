@@ -34,7 +34,8 @@ from tcaq.spec.steps import StepGroups
 from tcaq.stages.bypass import apply_bypass, inside
 from tcaq.stages.collect import trajectories_of
 from tcaq.stages.equalize import apply_vectors
-from tcaq.stages.reconstruct import Fit, Reconstructor, apply_unit
+from tcaq.stages.learn import Fit
+from tcaq.stages.reconstruct import Reconstructor, apply_unit
 from tcaq.stages.scale import apply_input_scales, apply_weight_scales
 from tcaq.stages.select import apply_choices
 

@@ -101,5 +101,5 @@ def elsewhere() -> Iterator[torch.device]:
     """
     if torch._C._get_privateuse1_backend_name() != NAME:
         backend_registration._setup_privateuseone_for_python_backend(NAME)
-    with _Dispatch(), patch("tcaq.stages.reconstruct.following", lambda generator, device: generator):
+    with _Dispatch(), patch("tcaq.stages.learn.following", lambda generator, device: generator):
         yield torch.device(NAME, 0)

@@ -13,8 +13,9 @@ from tcaq.models.units import default_plan, execution_order, resolve
 from tcaq.spec.recipe import Gptq, Grouping, RangeSearch, Reconstruction
 from tcaq.spec.steps import StepGroups
 from tcaq.stages.group import group
+from tcaq.stages.learn import Fit
 from tcaq.stages.observe import observe
-from tcaq.stages.reconstruct import Fit, Reconstructor, apply_unit, measure, quantized_outputs
+from tcaq.stages.reconstruct import Reconstructor, apply_unit, measure, quantized_outputs
 from tcaq.stages.round import Hessians, Rounder, round_layer
 from tcaq.stages.scale import apply_input_scales, apply_weight_scales, scale_inputs, scale_weights
 

@@ -14,7 +14,7 @@ from tcaq.models.bypass import bypass_of
 from tcaq.models.denoiser import clock_of
 from tcaq.spec.recipe import Bypass, Reconstruction
 from tcaq.stages.bypass import apply_bypass, inside, measure_bypass, planted
-from tcaq.stages.reconstruct import begin
+from tcaq.stages.learn import begin
 
 from .conftest import build, initialise
 

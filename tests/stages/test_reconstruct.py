@@ -12,15 +12,14 @@ from tcaq.models.units import Unit
 from tcaq.records import Record
 from tcaq.spec.recipe import Reconstruction
 from tcaq.stages.cache import ActivationCache
+from tcaq.stages.call import rows_of
 from tcaq.stages.draw import draw_parts
+from tcaq.stages.learn import Fit, annealed
 from tcaq.stages.reconstruct import (
-    Fit,
     Reconstructor,
-    annealed,
     apply_unit,
     measure,
     quantized_outputs,
-    rows_of,
     unit_state,
 )
 from tcaq.stages.replay import Replay

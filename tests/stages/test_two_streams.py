@@ -18,9 +18,10 @@ from tcaq.spec.recipe import RangeSearch, Reconstruction
 from tcaq.spec.steps import StepGroups
 from tcaq.stages.cache import ActivationCache
 from tcaq.stages.draw import draw_parts
+from tcaq.stages.learn import Fit
 from tcaq.stages.observe import observe
 from tcaq.stages.precise import precise
-from tcaq.stages.reconstruct import Fit, Reconstructor, apply_unit
+from tcaq.stages.reconstruct import Reconstructor, apply_unit
 from tcaq.stages.replay import Replay
 from tcaq.stages.scale import apply_input_scales, apply_weight_scales, scale_inputs, scale_weights
 

@@ -42,6 +42,6 @@ def hard_codes(weight: Tensor, up: Tensor, scale: Tensor, zero_point: Tensor, lo
     return (torch.floor(weight / scale) + up.to(weight.dtype) + zero_point).clamp(low, high)
 
 
-def rounding_penalty(alpha: Tensor, beta: float) -> Tensor:
+def rounding_penalty(alpha: Tensor, beta: float | Tensor) -> Tensor:
     """`sum (1 - |2 h - 1|^beta)`: zero when every rounding is decided (eq. 24)."""
     return (1.0 - (2.0 * rectified_sigmoid(alpha) - 1.0).abs().pow(beta)).sum()

@@ -20,6 +20,7 @@ class StepClock(nn.Module):
         super().__init__()
         self.groups = groups
         self.count = groups.count
+        self._copies: dict[torch.device, Tensor] = {}
         self.register_buffer("group", torch.zeros(1, dtype=torch.int64), persistent=False)
 
     @property
@@ -27,10 +28,18 @@ class StepClock(nn.Module):
         """float32 [groups - 1]; no buffer, because casting a model to bfloat16 would move them by whole timesteps."""
         return torch.tensor(self.groups.boundaries, dtype=torch.float32)
 
+    def _boundaries_on(self, device: torch.device) -> Tensor:
+        if device.type == "cpu":
+            return self.boundaries
+        # copied to a device once: a copy in every pass makes it wait, and cannot be recorded as a CUDA graph
+        if device not in self._copies:
+            self._copies[device] = self.boundaries.to(device)
+        return self._copies[device]
+
     def set(self, timestep: Tensor | float) -> None:
         """Write the groups of the samples' timesteps: a number, a 0-d tensor or a tensor [batch]."""
         t = torch.as_tensor(timestep).reshape(-1).float().contiguous()  # pipelines expand one number to a batch
-        self.group = torch.searchsorted(self.boundaries.to(t.device), t, right=True)
+        self.group = torch.searchsorted(self._boundaries_on(t.device), t, right=True)
 
     def row(self, table: Tensor, dims: int) -> Tensor:
         """The rows of a table [groups] for the running batch, shaped [batch or 1, 1, ...] with `dims` dimensions."""

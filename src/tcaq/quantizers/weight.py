@@ -91,7 +91,7 @@ class WeightQuantizer(nn.Module):
         self.log_gain = nn.Parameter(torch.zeros_like(self.scale))
         return [self.log_gain]
 
-    def penalty(self, beta: float) -> Tensor:
+    def penalty(self, beta: float | Tensor) -> Tensor:
         """AdaRound's pull towards decided roundings; zero when rounding is not being learned."""
         return self.scale.new_zeros(()) if self.alpha is None else rounding_penalty(self.alpha, beta)
 

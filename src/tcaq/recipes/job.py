@@ -37,9 +37,10 @@ from tcaq.stages.collect import collect, images_of, trajectories_of
 from tcaq.stages.correct import apply_correction, correct, typical_error
 from tcaq.stages.equalize import apply_vectors, equalize
 from tcaq.stages.group import group
+from tcaq.stages.learn import Fit
 from tcaq.stages.observe import observe
 from tcaq.stages.precise import precise
-from tcaq.stages.reconstruct import Fit, Reconstructor, apply_unit, fit, time_lessons
+from tcaq.stages.reconstruct import Reconstructor, apply_unit, fit, time_lessons
 from tcaq.stages.round import Rounder, apply_codes
 from tcaq.stages.rows import Classes, own_rows, table_rows
 from tcaq.stages.scale import apply_input_scales, apply_weight_scales, scale_inputs, scale_weights

@@ -78,5 +78,10 @@ def join(calls: Sequence[Call]) -> Call:
     return replace(first._mapped(joined), rows=rows)
 
 
+def rows_of(call: Call, rows: Tensor) -> Call:
+    """Some rows of a joined call."""
+    return call.map(lambda value: value[rows])
+
+
 def _numbered(args: tuple[Any, ...]) -> dict[str, Any]:
     return {str(i): value for i, value in enumerate(args)}

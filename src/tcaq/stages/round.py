@@ -22,9 +22,8 @@ from tcaq.numerics.affine import dequantize
 from tcaq.numerics.gptq import gptq_codes
 from tcaq.records import Record
 from tcaq.spec.recipe import Gptq
-from tcaq.stages.call import Call
+from tcaq.stages.call import Call, rows_of
 from tcaq.stages.precise import precise
-from tcaq.stages.reconstruct import rows_of
 from tcaq.stages.unitwise import Unitwise
 
 CHUNK = 2**24
