@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -22,7 +25,8 @@ from tcaq.integer.native.kernels import COMPILED
 from tcaq.integer.native.library import NativeGlue, native_glue
 from tcaq.integer.normed import NormedSilu
 
-WITH_COMPILER = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+COMPILER = (shlex.split(os.environ.get("CC", "")) or ["cc"])[0]
+WITH_COMPILER = pytest.mark.skipif(shutil.which(COMPILER) is None, reason="there is no C compiler")
 IMAGES = [(2, 24, 9, 7), (1, 3, 1, 1), (3, 130, 20, 16), (1, 512, 4, 4)]
 THREADS = pytest.mark.parametrize("threads", [1, 2])
 
@@ -290,7 +294,7 @@ def test_what_cannot_be_compiled_or_loaded_is_refused(tmp_path: Path, monkeypatc
     source = tmp_path / "glue.c"
     monkeypatch.setattr(library, "SOURCE", source)
     source.write_text("this is no C")
-    with pytest.raises(CompilerError, match="the C compiler cc failed: "):
+    with pytest.raises(CompilerError, match=f"the C compiler {re.escape(COMPILER)} failed: "):
         native_glue.__wrapped__()
     source.write_text("int nothing;")
     compiled(source).write_bytes(b"half a library")

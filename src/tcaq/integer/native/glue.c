@@ -242,7 +242,7 @@ static inline float binary_logarithm(float x) {
     int32_t bits;
     memcpy(&bits, &x, sizeof bits);
     int32_t octave = (bits - 0x3f3504f3) >> 23; /* so that what is left is between the roots of 1/2 and 2 */
-    bits -= octave << 23;
+    bits -= octave * (1 << 23);
     float f;
     memcpy(&f, &bits, sizeof f);
     f -= 1.0f;
