@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as processes
 from model import add_model, flags
+from orphan import end_with_parent
 from page import ROOT
 from quality import cells, scored
 from spread import left_out
@@ -34,6 +35,7 @@ from tcaq.records import read_json, write_json
 
 def work(todo: Any, done: Any, float_ready: Any, args: argparse.Namespace) -> None:
     """Measure one cell after another until none is left."""
+    end_with_parent()
     while (name := todo.get()) is not None:
         float_ready.wait()
         began, found = time.monotonic(), {}

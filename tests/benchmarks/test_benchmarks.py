@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,3 +95,42 @@ def test_backgrounds_are_those_of_each_image_once(script, tmp_path):
         with Run.share(tmp_path, {}) as run:
             run.series("images", items, part, lambda *_: None)
     assert torch.equal(script("background").sampled(tmp_path), images)
+
+
+PARENT = """
+import sys
+from multiprocessing import get_context
+
+sys.path.insert(0, sys.argv[1])
+from orphan import end_with_parent
+
+
+def wait(idle):
+    end_with_parent()
+    print("waits", flush=True)
+    idle.get()
+
+
+if __name__ == "__main__":
+    context = get_context("spawn")
+    idle = context.Queue()
+    child = context.Process(target=wait, args=(idle,), daemon=True)
+    child.start()
+    print(child.pid, flush=True)
+    child.join()
+"""
+
+
+def test_a_process_ends_with_a_parent_that_was_killed(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    parent = subprocess.Popen([sys.executable, str(script), str(FOLDER)], stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    assert parent.stdout.readline() == "waits\n"
+    parent.kill()
+    try:
+        parent.communicate(timeout=30)  # until nobody can write any more
+    except subprocess.TimeoutExpired:
+        os.kill(child, signal.SIGKILL)
+        parent.communicate()
+        raise

@@ -185,6 +185,9 @@ def test_products_of_powers_of_two_equal_their_fake_ones(bits, per_octave, chose
     product.left_quantizer.set_rows(scales, peaks, torch.tensor(chosen))
     p, v = torch.rand(2, 3, 9, 11), torch.randn(2, 3, 11, 5, generator=draw)
     found = run_product(PowersStandIn, product, p, v, tmp_path / "product.onnx", vnni)
+    nodes = [node.op_type for node in pytest.importorskip("onnx").load(tmp_path / "product.onnx").graph.node]
+    # one product of bytes where the highest power fits a byte and nothing lies between two powers
+    assert nodes.count("MatMulIntegerToFloat") == (1 if per_octave == 1 and bits < 4 else 2)
     codes = torch.arange(-2, 2**bits + 8).repeat(3)  # above the peak, every value of the grid, and below the last
     for group, time in enumerate((10.0, 900.0)):
         beside = codes + 0.98 * (torch.rand(2, 3, 9, len(codes), generator=draw) - 0.5)  # never on the edge of a code

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -22,7 +25,8 @@ from tcaq.integer.native.kernels import COMPILED
 from tcaq.integer.native.library import NativeGlue, native_glue
 from tcaq.integer.normed import NormedSilu
 
-WITH_COMPILER = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+COMPILER = (shlex.split(os.environ.get("CC", "")) or ["cc"])[0]
+WITH_COMPILER = pytest.mark.skipif(shutil.which(COMPILER) is None, reason="there is no C compiler")
 IMAGES = [(2, 24, 9, 7), (1, 3, 1, 1), (3, 130, 20, 16), (1, 512, 4, 4)]
 THREADS = pytest.mark.parametrize("threads", [1, 2])
 
@@ -94,6 +98,42 @@ def test_codes_behind_a_norm_are_those_of_float64(
     assert ((codes - exact).abs() <= 1).all()
     assert near_an_edge.double().mean() < 0.01
     assert torch.equal(sums, codes.sum(1, dtype=torch.int32))
+
+
+# how many times its standard deviation a group's mean is away from zero
+DISTANCES = torch.tensor([1.0, -30.0, 1000.0, -10_000.0])
+
+
+@WITH_COMPILER
+@torch.no_grad()
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("shape", [(2, 24, 9, 7), (1, 8, 151, 173)], ids=["small", "its last part of pixels is empty"])
+def test_groups_far_from_zero_are_normed_as_well_as_pytorch_does(shape: tuple[int, ...], added: bool) -> None:
+    torch.manual_seed(0)
+    groups, each = len(DISTANCES), shape[1] // len(DISTANCES)
+    norm = nn.GroupNorm(groups, shape[1])
+    nn.init.normal_(norm.weight, 1.0, 0.2)
+    x = image(*shape) + 3 * DISTANCES.repeat_interleave(each).reshape(1, -1, 1, 1)
+    before = NormedSilu(norm, torch.randn(shape[:2]) if added else None)
+    more = before.added[:, :, None, None] if added else torch.zeros(1)
+    exact = nn.functional.silu(copy.deepcopy(norm).double()(x.double() + more.double()))
+    # where channels lie apart: beside each other, PyTorch loses far groups' variances itself
+    pytorchs = (nn.functional.silu(norm((x + more).contiguous())) - exact).abs()
+    allowed = 2 * pytorchs.unflatten(1, (groups, each)).amax((0, 2, 3, 4)).repeat_interleave(each) + 2.0**-20
+    found = differences(x, exact, before, units=(allowed / 4).float())
+    assert (found <= 1.25 * allowed.reshape(1, -1, 1, 1)).all()
+
+
+def differences(x: Tensor, exact: Tensor, before: NormedSilu, units: Tensor) -> Tensor:
+    """How far what codes stand for is from `exact`, float64, by codes so fine that a byte holds only the lowest digits of each.
+
+    Args: units: float32 [channels], what a code is worth; codes stay below 2^24, where floats hold them.
+    """
+    codes, _ = native_glue().encode(x, InputGrid(1.0, 2**20, units, 2**24, before=before), 1)
+    steps = units.double().reshape(1, -1, 1, 1)
+    expected = exact / steps + 2**20
+    assert 0 < expected.min() < expected.max() < 2**24
+    return ((codes - expected + 128).remainder(256) - 128).abs() * steps
 
 
 @WITH_COMPILER
@@ -254,7 +294,7 @@ def test_what_cannot_be_compiled_or_loaded_is_refused(tmp_path: Path, monkeypatc
     source = tmp_path / "glue.c"
     monkeypatch.setattr(library, "SOURCE", source)
     source.write_text("this is no C")
-    with pytest.raises(CompilerError, match="the C compiler cc failed: "):
+    with pytest.raises(CompilerError, match=f"the C compiler {re.escape(COMPILER)} failed: "):
         native_glue.__wrapped__()
     source.write_text("int nothing;")
     compiled(source).write_bytes(b"half a library")

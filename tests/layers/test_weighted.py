@@ -196,6 +196,31 @@ def test_the_correction_of_the_bias_is_folded_before_anything_is_stored() -> Non
     torch.testing.assert_close(layer(x), before + torch.arange(4.0))
 
 
+def test_what_is_no_buffer_moves_with_its_layer() -> None:
+    layer = wrapped(nn.Linear(7, 4))
+    x, layer.mode, layer.bias_correction = torch.randn(3, 7), Mode.FAKE, torch.arange(4.0)
+    with torch.no_grad(), holding_weights(layer):
+        expected = layer(x).double()
+        layer.double()
+        assert (layer.held.dtype, layer.bias_correction.dtype) == (torch.float64, torch.float64)
+        torch.testing.assert_close(layer(x.double()), expected)
+        layer.to("meta")
+        assert layer.held.is_meta
+        assert layer.bias_correction.is_meta
+        assert layer(x.double().to("meta")).is_meta
+
+
+def test_a_correction_that_is_being_learned_stays_its_optimizers_when_its_layer_moves() -> None:
+    layer = wrapped(nn.Linear(7, 4))
+    (learned,) = layer.learn_bias()
+    optimizer = torch.optim.SGD([learned], lr=1.0)
+    layer.double()
+    layer(torch.randn(3, 7).double()).sum().backward()
+    optimizer.step()
+    layer.end_learning()
+    torch.testing.assert_close(layer.bias_correction, torch.full((4,), -3.0, dtype=torch.float64))
+
+
 def test_the_dtype_of_the_input_is_kept() -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 7)

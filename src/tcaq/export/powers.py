@@ -24,9 +24,9 @@ LARGE = 2.0**23
 class Powers(nn.Module):
     """A grid of one or two values to each halving, in units of its smallest one, or an even one in some step groups.
 
-    Attributes: unit: float32 [groups], multiplies probabilities; limit: float32 [groups], the largest value after that; large:
-        float32 [groups], `LARGE`, or 0 where the grid is even: nothing is rounded to powers of two there; worth: float32 [groups],
-        what 1 is worth after rounding; beside: float32 [groups], the same of what is between two powers.
+    Attributes: largest: the highest power; unit: float32 [groups], multiplies probabilities; limit: float32 [groups], the largest
+        value after that; large: float32 [groups], `LARGE`, or 0 where the grid is even: nothing is rounded to powers of two there;
+        worth: float32 [groups], what 1 is worth after rounding; beside: float32 [groups], the same of what is between two powers.
     """
 
     unit: Tensor
@@ -40,13 +40,13 @@ class Powers(nn.Module):
         super().__init__()
         per_octave, log2 = quantizer.grid.per_octave, quantizer.use_log2
         self.steps, self.halved, self.mixed = (steps,), per_octave == 2, not bool(log2.all())
-        largest = 2.0 ** ((quantizer.last - 1) // per_octave)
-        worth = torch.where(log2, quantizer.peak / largest, quantizer.scale)
+        self.largest = 2.0 ** ((quantizer.last - 1) // per_octave)
+        worth = torch.where(log2, quantizer.peak / self.largest, quantizer.scale)
         # 1.5, from which a float is rounded to the next power, lies halfway between two values in octaves
         middle = 1.5 * 2.0 ** (0.5 / per_octave - 1)
         tables = {
             "unit": torch.where(log2, middle, 1.0) / worth, "large": log2 * LARGE, "worth": worth,
-            "limit": torch.where(log2, largest * middle, float(quantizer.last)),
+            "limit": torch.where(log2, self.largest * middle, float(quantizer.last)),
             "beside": worth * log2 * (math.sqrt(2) - 1),
         }  # fmt: skip
         for name, table in tables.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import reduce
 from typing import cast
 
 import torch
@@ -42,7 +43,7 @@ class ProductStandIn(nn.Module):
 
 
 class PowersStandIn(nn.Module):
-    """Products of probabilities on a coarse log2 grid: powers of two are whole numbers, too, in two planes of bytes."""
+    """Products of probabilities on a coarse log2 grid: powers of two are whole numbers, too, in one or two planes of bytes."""
 
     is_float = False
     nothing: Tensor
@@ -56,13 +57,15 @@ class PowersStandIn(nn.Module):
 
     def forward(self, left: Tensor, right: Tensor, *, scale: float = 1.0) -> Tensor:
         """`left @ right * scale`, float [batch, heads, ...]."""
-        codes, planes = self.right(right, 1), self.left(left)
-        if len(planes) == 1:  # larger powers exceed a byte's highest by multiples of it
-            ((powers, worth),) = planes
-            low = powers.clamp(max=HIGHEST)
-            planes = (low, worth), ((powers - low) / HIGHEST, worth * HIGHEST)
-        first, second = (self.dialect.product(self._codes(*plane), codes, scale) for plane in planes)
-        return first + second
+        codes, planes = self.right(right, 1), [plane for numbers in self.left(left) for plane in self._planes(*numbers)]
+        return reduce(torch.add, [self.dialect.product(self._codes(*plane), codes, scale) for plane in planes])
+
+    def _planes(self, powers: Tensor, worth: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Numbers that fit bytes, and what 1 of them is worth: larger powers exceed a byte's highest by multiples of it."""
+        if self.left.largest <= HIGHEST:
+            return [(powers, worth)]
+        low = powers.clamp(max=HIGHEST)
+        return [(low, worth), ((powers - low) / HIGHEST, worth * HIGHEST)]
 
     def _codes(self, numbers: Tensor, worth: Tensor) -> Codes:
         codes, zero = self.dialect.quantize(numbers, torch.ones(1), self.nothing, LARGEST, 1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,17 @@ class QuantizedWeight(Moded, nn.Module):
             TokenQuantizer(grid) if isinstance(grid, TokenGrid) else affine_quantizer(cast(AffineGrid, grid), clock)
         )
         self.weight_quantizer = WeightQuantizer(cast(AffineGrid, grids.weight), shape)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Take along what is no buffer, for accelerate would offload that; in place what an optimizer owns, as PyTorch does."""
+        cast(Any, super())._apply(fn, recurse)
+        if self.held is not None:
+            self.held = fn(self.held)
+        if self.bias_correction is not None and self.bias_correction.requires_grad:
+            self.bias_correction.data = fn(self.bias_correction.data)
+        elif self.bias_correction is not None:
+            self.bias_correction = fn(self.bias_correction)
+        return self
 
     @property
     def operands(self) -> dict[str, AffineQuantizer | TokenQuantizer]:

@@ -144,22 +144,24 @@ void add_windows(float *out, const int32_t *sums, const float *factors, int64_t 
     }
 }
 
-/* Sums of channels and of their squares over rows; sums: [2, channels]. */
-static void add_up(const float *restrict x, int64_t rows, int64_t channels, float *restrict sums) {
-    float *restrict squares = sums + channels;
+/* Sums of channels and of their squares over rows; sums: [2, channels], in double: what a group far from zero varies by is the
+   small difference of large squares. */
+static void add_up(const float *restrict x, int64_t rows, int64_t channels, double *restrict sums) {
+    double *restrict squares = sums + channels;
     memset(sums, 0, 2 * channels * sizeof *sums);
     for (int64_t row = 0; row < rows; row++, x += channels) {
 #pragma omp simd
         for (int64_t c = 0; c < channels; c++) {
-            sums[c] += x[c];
-            squares[c] += x[c] * x[c];
+            double value = x[c];
+            sums[c] += value;
+            squares[c] += value * value;
         }
     }
 }
 
 /* The norm of one image as `x * factor + shift`, from the sums of its parts, [parts, 2, channels]; affine: [2, repeats, channels].
    What was added to each pixel, a, is in neither: sum(x + a) = sum(x) + n a, and likewise for the squares. */
-static void fold(const float *sums, int64_t parts, int64_t pixels, int64_t channels, const Norm *norm, const float *added,
+static void fold(const double *sums, int64_t parts, int64_t pixels, int64_t channels, const Norm *norm, const float *added,
                  float *affine) {
     int64_t each = channels / norm->groups, width = repeats(channels) * channels;
     for (int64_t first = 0; first < channels; first += each) {
@@ -185,24 +187,24 @@ static void fold(const float *sums, int64_t parts, int64_t pixels, int64_t chann
     }
 }
 
-/* Group norm, SiLU, then as `encode`; x: [images, pixels, channels]; space: parts and factors of each image and the divisors,
-   [(2 * images * parts + (2 * images + 1) * repeats(channels)) * channels], overwritten. */
+/* Group norm, SiLU, then as `encode`; x: [images, pixels, channels]. Overwritten: moments, of each part, [images, parts, 2,
+   channels]; space: factors and shifts of each image and the divisors, [(2 * images + 1) * repeats(channels), channels]. */
 void encode_normed(const float *x, uint8_t *codes, int32_t *sums, int64_t images, int64_t pixels, int64_t channels, Norm norm,
-                   Grid grid, float *space, int64_t parts, int32_t threads) {
+                   Grid grid, double *moments, float *space, int64_t parts, int32_t threads) {
     int64_t each = (pixels + parts - 1) / parts, pair = 2 * channels, step = repeats(channels), width = step * channels;
     int64_t blocks = (pixels + step - 1) / step;
-    float *affine = space + images * parts * pair, *divisors = affine + images * 2 * width;
+    float *affine = space, *divisors = affine + images * 2 * width;
     table_divisors(divisors, step, channels, &grid);
 #pragma omp parallel num_threads(threads) if (images * pixels * channels > ALONE)
     {
 #pragma omp for
         for (int64_t part = 0; part < images * parts; part++) {
             int64_t first = part % parts * each, last = first + each < pixels ? first + each : pixels;
-            add_up(x + (part / parts * pixels + first) * channels, last - first, channels, space + part * pair);
+            add_up(x + (part / parts * pixels + first) * channels, last - first, channels, moments + part * pair);
         }
 #pragma omp for
         for (int64_t image = 0; image < images; image++)
-            fold(space + image * parts * pair, parts, pixels, channels, &norm, norm.added ? norm.added + image * channels : 0,
+            fold(moments + image * parts * pair, parts, pixels, channels, &norm, norm.added ? norm.added + image * channels : 0,
                  affine + image * 2 * width);
 #pragma omp for
         for (int64_t block = 0; block < images * blocks; block++) {
@@ -240,7 +242,7 @@ static inline float binary_logarithm(float x) {
     int32_t bits;
     memcpy(&bits, &x, sizeof bits);
     int32_t octave = (bits - 0x3f3504f3) >> 23; /* so that what is left is between the roots of 1/2 and 2 */
-    bits -= octave << 23;
+    bits -= octave * (1 << 23);
     float f;
     memcpy(&f, &bits, sizeof f);
     f -= 1.0f;

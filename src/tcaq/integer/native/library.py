@@ -56,7 +56,7 @@ class NativeGlue:
         self._repeats = _function(functions.repeats, size, result=size)
         self._encode = _function(functions.encode, *[pointer] * 3, size, size, _Grid, pointer, c_int32)
         self._encode_normed = _function(
-            functions.encode_normed, *[pointer] * 3, *[size] * 3, _Norm, _Grid, pointer, size, c_int32
+            functions.encode_normed, *[pointer] * 3, *[size] * 3, _Norm, _Grid, pointer, pointer, size, c_int32
         )
         self._scale_sums = _function(functions.scale_sums, *[pointer] * 4, size, size, c_float, c_int32)
         self._fake_log2 = _function(functions.fake_log2, pointer, pointer, size, *[c_float] * 3, pointer, c_int32)
@@ -99,15 +99,15 @@ class NativeGlue:
         images, channels = shape[0], shape[-1]
         pixels = shape[1:-1].numel()
         parts = max(1, pixels // PART)
-        space = torch.empty(2 * images * parts + (2 * images + 1) * self._repeats(channels), channels)
+        moments = torch.empty(images, parts, 2, channels, dtype=torch.float64)
+        space = torch.empty(2 * images + 1, self._repeats(channels), channels)
         norm = before.norm
         weight, bias = norm.weight.float().contiguous(), norm.bias.float().contiguous()
         added = None if before.added is None else before.added.float().expand(images, channels).contiguous()
         address = None if added is None else added.data_ptr()
         own = _Norm(weight.data_ptr(), bias.data_ptr(), address, norm.num_groups, norm.eps)
-        self._encode_normed(
-            *given, images, pixels, channels, own, grid, space.data_ptr(), parts, torch.get_num_threads()
-        )
+        overwritten = moments.data_ptr(), space.data_ptr()
+        self._encode_normed(*given, images, pixels, channels, own, grid, *overwritten, parts, torch.get_num_threads())
 
     def add_windows(
         self, x: Tensor, sums: Tensor, factors: Tensor, absent: int, kernel: Sequence[int], geometry: Geometry
