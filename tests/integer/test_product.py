@@ -179,3 +179,26 @@ def test_products_of_floats(size: int, known: bool, monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(
         cpu.float_product(left, right).double(), left.double() @ right.double(), rtol=1e-5, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("inner", [1, 64, cpu.EXACT, cpu.EXACT + 1, 3 * cpu.EXACT])
+def test_floats_add_up_products_of_bytes_without_rounding(inner: int) -> None:
+    left, right = (trial.extremes(shape, -128, 127).to(torch.int8) for shape in ((5, inner), (inner, 7)))
+    left[0], right[:, 0] = -128, -128  # the largest sum there is
+    sums = torch.empty(5, 7, dtype=torch.int32)
+    cpu.sums_by_floats(left, right, sums)
+    assert torch.equal(sums.long(), left.long() @ right.long())
+    assert int(sums[0, 0]) == 2**14 * inner
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_what_is_faster_changes_no_bit(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (
+        torch.randint(-128, 128, shape, generator=generator).to(torch.int8) for shape in ((3, 40, 90), (3, 90, 30))
+    )
+    row, column = torch.arange(120).int().reshape(3, 40, 1), torch.arange(90).int().reshape(3, 1, 30)
+    monkeypatch.setattr(cpu, "floats_are_faster", lambda: faster)
+    expected = ((left.long() @ right.long()) + row + column).float() * 0.37
+    for backend in BACKENDS:
+        assert torch.equal(backend.product(left, right, row, column, 0.37), expected)
