@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/glue.py
 
-An activation of 8 images, 128 channels, 32 by 32, channels last: the widest of the U-Net of DDPM CIFAR-10. Behind
-docs/lab/integer.md. Medians of process time, one thread, so that other work on the machine matters little.
+An activation of 8 images, 128 channels, 32 by 32, channels last: the widest of the U-Net of DDPM CIFAR-10; and 8 attention maps of
+256 by 256. Behind docs/lab/integer.md. Medians of process time, one thread, so that other work on the machine matters little.
 """
 
 from __future__ import annotations
@@ -70,6 +70,19 @@ def operations(x: Tensor, divisor: Tensor, weight: Tensor, bias: Tensor) -> dict
     )
 
 
+def attention() -> dict[str, Callable[[], Tensor]]:
+    """The softmax of scores with its quantization, in two and in one, by name."""
+    glue, scores = native_glue(), 3 * torch.randn(8, 1, 256, 256, generator=torch.Generator().manual_seed(1))
+    even, powers = (1 / 255, -128, -128, 127), (0.5, 4, 2)
+    return {
+        "eager: softmax": lambda: torch.softmax(scores, -1),
+        "C: softmax, then codes": lambda: glue.signed(torch.softmax(scores, -1), *even),
+        "C: softmax and codes": lambda: glue.softmax_signed(scores, *even),
+        "C: softmax, then log2 grid": lambda: glue.fake_log2(torch.softmax(scores, -1), *powers),
+        "C: softmax and log2 grid": lambda: glue.softmax_log2(scores, *powers),
+    }
+
+
 def microseconds(call: Callable[[], object], repeat: int = 30) -> float:
     """Median time of the process for one call."""
     call()
@@ -95,7 +108,7 @@ def main() -> None:
         for name in ("eager: quantize, byte_codes", "torch.compile: quantize", "C: quantize")
     ):
         raise SystemExit("the ways to quantize differ")
-    print(json.dumps({name: microseconds(call) for name, call in calls.items()}, indent=2))
+    print(json.dumps({name: microseconds(call) for name, call in (calls | attention()).items()}, indent=2))
 
 
 if __name__ == "__main__":

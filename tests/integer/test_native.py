@@ -325,3 +325,56 @@ def test_it_can_be_turned_off(tiny_pipeline, quantized_tiny) -> None:
     kernels = {type(layer._kernel) for layer in pipe.unet.modules() if isinstance(layer, IntegerConv2d)}
     assert kernels
     assert COMPILED.conv not in kernels
+
+
+def scores_of(kind: str) -> torch.Tensor:
+    """Scores of attention, float [2, 3, 50, 70]."""
+    scores = 4 * torch.randn(2, 3, 50, 70, generator=torch.Generator().manual_seed(0))
+    if kind == "masked":
+        scores[..., 40:] = -torch.inf
+        scores[:, 0, :, 5] = torch.finfo(torch.float32).min
+    return scores + 1000 if kind == "far off" else scores
+
+
+@WITH_COMPILER
+@THREADS
+@pytest.mark.parametrize("kind", ["plain", "masked", "far off"])
+@pytest.mark.parametrize(("low", "high"), [(0, 15), (-128, 127)])
+def test_codes_of_a_softmax_are_pytorchs_but_for_halves(low, high, kind, threads, threads_after) -> None:
+    torch.set_num_threads(threads)
+    scores, scale = scores_of(kind), 0.9 / (high - low)
+    found = native_glue().softmax_signed(scores, scale, low, low, high)
+    units = torch.softmax(scores.double(), dim=-1) / scale
+    near_an_edge = (units - units.floor() - 0.5).abs() < 1e-5 * (1 + units)
+    expected = (units.round() + low).clamp(low, high)
+    assert found.dtype == torch.int8
+    assert ((found == expected) | near_an_edge).all()
+    assert near_an_edge.double().mean() < 0.01
+    assert expected.unique().numel() > 10
+    turned = scores_of("plain").mT  # rows that do not lie beside each other
+    assert torch.equal(
+        native_glue().softmax_signed(turned, scale, low, low, high),
+        signed_codes(torch.softmax(turned, dim=-1), scale, low, low, high),
+    )
+
+
+@WITH_COMPILER
+@THREADS
+@pytest.mark.parametrize("kind", ["plain", "masked", "far off"])
+@pytest.mark.parametrize(("bits", "per_octave"), [(2, 1), (4, 1), (4, 2), (8, 16)])
+def test_powers_of_a_softmax_are_pytorchs_but_for_halves(bits, per_octave, kind, threads, threads_after) -> None:
+    torch.set_num_threads(threads)
+    scores, peak = scores_of(kind), 0.7
+    found = native_glue().softmax_log2(scores, peak, bits, per_octave)
+    p = torch.softmax(scores.double(), dim=-1)
+    expected = eager_log2(p.float(), peak, bits, per_octave)
+    units = -per_octave * (p / peak).log2()
+    near_an_edge = (units - units.floor() - 0.5).abs() < 1e-5 * (1 + units.abs())
+    assert ((found == expected) | near_an_edge | (p < 1e-37)).all()
+    assert (found[p < 1e-38] == 0).all()
+    assert near_an_edge.double().mean() < 0.01
+    turned = scores_of("plain").mT
+    assert torch.equal(
+        native_glue().softmax_log2(turned, peak, bits, per_octave),
+        native_glue().fake_log2(torch.softmax(turned, dim=-1), peak, bits, per_octave),
+    )

@@ -202,3 +202,28 @@ def test_what_is_faster_changes_no_bit(faster: bool, monkeypatch: pytest.MonkeyP
     expected = ((left.long() @ right.long()) + row + column).float() * 0.37
     for backend in BACKENDS:
         assert torch.equal(backend.product(left, right, row, column, 0.37), expected)
+
+
+@WHEN
+@pytest.mark.parametrize(
+    "grid", [UnitGrid(bits=4), UnitGrid(bits=8), AdaptiveGrid(bits=4), AdaptiveGrid(bits=3, wider=(8,))]
+)
+def test_a_softmax_in_one_with_its_product_is_both(grid, when: Tensor) -> None:
+    layer = products("mix", grid, AffineGrid(bits=8))
+    spread(layer.right_quantizer, ZEROS["inside"])
+    left = layer.left_quantizer
+    left.set_rows(torch.tensor([0.9, 0.5]) / left.last, torch.tensor([0.8, 0.4]), torch.tensor([True, grid.bits == 4]))
+    scores, right = 3 * torch.randn(3, 2, 20, 30), torch.randn(3, 2, 30, 12)
+    left.clock.set(when)
+    for backend in BACKENDS:
+        own = lowered(layer, backend)
+        with torch.no_grad():
+            found, expected = own.of_softmax(scores, right), own(torch.softmax(scores, dim=-1), right)
+        if len(when) > 1 or (grid.wider and not isinstance(grid, UnitGrid) and bool(left.use_log2[1])):
+            assert found is None
+            continue
+        # a code on an edge may fall to either side
+        assert found is not None
+        close = (found - expected).abs() < 1e-5 * (1 + expected.abs())
+        assert close.double().mean() > 0.98
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.1)

@@ -82,6 +82,16 @@ def eager_log2(p: Tensor, peak: float, bits: int, per_octave: int) -> Tensor:
     return fake_quantize_log2(p.float(), torch.tensor(peak, device=p.device), bits, per_octave)
 
 
+def softmax_signed_codes(scores: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
+    """A SignedEncoder of what the softmax of scores is, over the last axis."""
+    return signed_codes(torch.softmax(scores, dim=-1), scale, zero_point, low, high)
+
+
+def eager_softmax_log2(scores: Tensor, peak: float, bits: int, per_octave: int) -> Tensor:
+    """A FakeLog2 of the same."""
+    return eager_log2(torch.softmax(scores, dim=-1), peak, bits, per_octave)
+
+
 @dataclass(frozen=True)
 class Geometry:
     """How a convolution slides: each [height, width] but `groups`; padding with zeros, on both sides alike."""
@@ -127,7 +137,8 @@ class Backend:
     Attributes: missing: why nothing can run there, or None; conv, linear: build a kernel; conv_problem, linear_problem: why a
         weight of a shape cannot run exactly with such numbers, or None; adds_rest: whether kernels take weights with a rest;
         product, product_problem: the same for matrices that are both activations, of any shape; float_product: of floats;
-        signed: makes codes of activations for `product`; fake_log2: quantizes probabilities for `float_product`.
+        signed: makes codes of activations for `product`; fake_log2: quantizes probabilities for `float_product`;
+        softmax_signed, softmax_log2: the same of what the softmax of scores is.
     """
 
     missing: Callable[[], str | None]
@@ -141,3 +152,5 @@ class Backend:
     float_product: FloatProduct = torch.bmm
     signed: SignedEncoder = signed_codes
     fake_log2: FakeLog2 = eager_log2
+    softmax_signed: SignedEncoder = softmax_signed_codes
+    softmax_log2: FakeLog2 = eager_softmax_log2

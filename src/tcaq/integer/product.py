@@ -72,12 +72,38 @@ class IntegerProduct(QuantizedProduct):
             return super().forward(left, right, scale=scale)
         if even:
             return by_group(rows, lambda *given: self._integer(scale, *given), left, right)
-        return self._float(rows, left, right, scale)
+        return self._float(self._probabilities(rows, left), right, scale)
 
-    def _integer(self, scale: float, left: Tensor, right: Tensor, group: int) -> Tensor:
-        """On samples that are all in one step group."""
+    def of_softmax(self, scores: Tensor, right: Tensor) -> Tensor | None:
+        """`softmax(scores) @ right`, the softmax in one pass with its quantization; None where there is no such way.
+
+        Args: scores: float [batch, heads, tokens, tokens].
+        """
+        groups, (left, _) = set(step_rows(product_clock(self))), self.operands.values()
+        if (
+            self.mode is not Mode.FAKE
+            or scores.dtype != torch.float32
+            or scores.shape[-1] > MOST_TERMS
+            or len(groups) > 1
+        ):
+            return None
+        group = groups.pop()
+        if group not in self._uneven:
+            return self._integer(1.0, scores, right, group, self._kernels.softmax_signed)
+        if type(left) is not ProbabilityQuantizer:  # whose subclasses have other grids in each group
+            return None
+        grid = left.grid
+        return self._float(
+            self._kernels.softmax_log2(scores, self._peaks[group], grid.bits, grid.per_octave), right, 1.0
+        )
+
+    def _integer(
+        self, scale: float, left: Tensor, right: Tensor, group: int, encode: SignedEncoder | None = None
+    ) -> Tensor:
+        """On samples that are all in one step group. Args: encode: makes codes of `left`, if not as of `right`."""
+        encoders = encode or self._kernels.signed, self._kernels.signed
         (a, to_a), (b, to_b) = (
-            rows.codes(x, group, self._kernels.signed) for rows, x in zip(self._rows, (left, right), strict=True)
+            rows.codes(x, group, own) for rows, x, own in zip(self._rows, (left, right), encoders, strict=True)
         )
         a, b = a.flatten(0, -3), b.flatten(0, -3)
         # (a + to_a) (b + to_b), of which the kernel adds up a b
@@ -88,10 +114,10 @@ class IntegerProduct(QuantizedProduct):
         result: Tensor = multiply(a, b, row, column, step).unflatten(0, left.shape[:-2]).to(left.dtype)
         return result
 
-    def _float(self, rows: Sequence[int], left: Tensor, right: Tensor, scale: float) -> Tensor:
-        """What the fake layer multiplies, float32, of samples in these step groups."""
+    def _float(self, left: Tensor, right: Tensor, scale: float) -> Tensor:
+        """What the fake layer multiplies, in float32. Args: left: quantized already."""
         _, quantizer = self.operands.values()
-        hats = self._probabilities(rows, left).flatten(0, -3), quantizer(right).flatten(0, -3)
+        hats = left.flatten(0, -3), quantizer(right).flatten(0, -3)
         product: Tensor = self._kernels.float_product(*hats).unflatten(0, left.shape[:-2])
         return product if scale == 1 else product * scale
 

@@ -27,10 +27,17 @@ def attend(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, mask:
     scores = products.scores(q, k.transpose(-1, -2), scale=scale)
     if mask is not None:
         scores = scores + mask
+    mixed = products.mix.of_softmax(scores, v) if hasattr(products.mix, "of_softmax") else None
+    if mixed is None:
+        mixed = products.mix(probabilities_of(scores, attn).to(v.dtype), v)
+    return cast(Tensor, mixed).transpose(1, 2).flatten(2)
+
+
+def probabilities_of(scores: Tensor, attn: nn.Module) -> Tensor:
+    """Softmax over the last axis, of scores of half precision in float32."""
     half = scores.dtype in (torch.float16, torch.bfloat16)  # whose few digits a sum over many tokens would lose
     upcast = half or getattr(attn, "upcast_softmax", False)
-    probabilities = torch.softmax(scores.float() if upcast else scores, dim=-1).to(v.dtype)
-    return cast(Tensor, products.mix(probabilities, v)).transpose(1, 2).flatten(2)
+    return torch.softmax(scores.float() if upcast else scores, dim=-1)
 
 
 def heads(attn: nn.Module, x: Tensor) -> Tensor:

@@ -270,3 +270,60 @@ void fake_log2(const float *p, float *out, int64_t count, float peak, float per_
         out[i] = values[(int32_t)code];
     }
 }
+
+static inline float largest(const float *restrict x, int64_t count) {
+    float top = x[0];
+#pragma omp simd reduction(max : top)
+    for (int64_t i = 0; i < count; i++)
+        top = x[i] > top ? x[i] : top;
+    return top;
+}
+
+/* The sum of e^(x - top). */
+static inline float exponential_sum(const float *restrict x, int64_t count, float top) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < count; i++)
+        sum += exponential(x[i] - top);
+    return sum;
+}
+
+/* Codes of a row's softmax; divisor: the sum of its exponentials times the grid's scale. */
+static void encode_shares(const float *restrict x, uint8_t *restrict codes, int64_t count, float top, float divisor, Grid grid) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++)
+        codes[i] = (uint8_t)code(exponential(x[i] - top) / divisor, grid);
+}
+
+/* x: [rows, columns] -> codes of softmax(x) over columns, as `encode` has them. */
+void softmax_encode(const float *x, uint8_t *codes, int64_t rows, int64_t columns, Grid grid, int32_t threads) {
+#pragma omp parallel for num_threads(threads) if (rows * columns > ALONE)
+    for (int64_t row = 0; row < rows; row++) {
+        const float *own = x + row * columns;
+        float top = largest(own, columns);
+        encode_shares(own, codes + row * columns, columns, top, exponential_sum(own, columns, top) * grid.scale, grid);
+    }
+}
+
+/* What a row's softmax is on a log2 grid: the logarithm of e^(x - top) / sum / peak is a line in x. offset: log2(sum * peak). */
+static void share_powers(const float *restrict x, float *restrict out, int64_t count, float top, float offset, float per_octave,
+                         float last, const float *restrict values) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) {
+        float code = rintf(per_octave * (offset - (x[i] - top) * 1.44269504088896341f));
+        code = code < 0.0f ? 0.0f : code;
+        code = code > last ? last : code;
+        out[i] = values[(int32_t)code];
+    }
+}
+
+/* x: [rows, columns] -> what `fake_log2` makes of softmax(x) over columns. */
+void softmax_log2(const float *x, float *out, int64_t rows, int64_t columns, float peak, float per_octave, float last,
+                  const float *values, int32_t threads) {
+#pragma omp parallel for num_threads(threads) if (rows * columns > ALONE)
+    for (int64_t row = 0; row < rows; row++) {
+        const float *own = x + row * columns;
+        float top = largest(own, columns), offset = (float)log2((double)exponential_sum(own, columns, top) * peak);
+        share_powers(own, out + row * columns, columns, top, offset, per_octave, last, values);
+    }
+}

@@ -97,6 +97,16 @@ def fake_log2(p: Tensor, peak: float, bits: int, per_octave: int) -> Tensor:
     return native_glue().fake_log2(p, peak, bits, per_octave)
 
 
+def softmax_signed(scores: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
+    """See `backend.Backend`."""
+    return native_glue().softmax_signed(scores, scale, zero_point, low, high)
+
+
+def softmax_log2(scores: Tensor, peak: float, bits: int, per_octave: int) -> Tensor:
+    """See `backend.Backend`."""
+    return native_glue().softmax_log2(scores, peak, bits, per_octave)
+
+
 @cache
 def product_problem() -> str | None:
     """What a trial of two matrices finds."""
@@ -106,4 +116,5 @@ def product_problem() -> str | None:
 COMPILED = Backend(
     missing, CompiledConv, CompiledLinear, conv_problem, linear_problem, adds_rest=True, product=product,
     product_problem=product_problem, float_product=cpu.float_product, signed=signed, fake_log2=fake_log2,
+    softmax_signed=softmax_signed, softmax_log2=softmax_log2,
 )  # fmt: skip

@@ -60,6 +60,10 @@ class NativeGlue:
         )
         self._scale_sums = _function(functions.scale_sums, *[pointer] * 4, size, size, c_float, c_int32)
         self._fake_log2 = _function(functions.fake_log2, pointer, pointer, size, *[c_float] * 3, pointer, c_int32)
+        self._softmax_encode = _function(functions.softmax_encode, pointer, pointer, size, size, _Grid, c_int32)
+        self._softmax_log2 = _function(
+            functions.softmax_log2, pointer, pointer, size, size, *[c_float] * 3, pointer, c_int32
+        )
         self._add_windows = _function(functions.add_windows, *[pointer] * 3, *[size] * 4, _Window, c_int32, c_int32)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -139,10 +143,27 @@ class NativeGlue:
         """See `backend.FakeLog2`."""
         if not self.takes(p, -1):
             return eager_log2(p, peak, bits, per_octave)
-        values = dequantize_log2(torch.arange(2.0**bits), torch.tensor(peak), bits, per_octave)
-        hats, last = torch.empty_like(p), 2**bits - 1
+        values, hats, last = log2_values(peak, bits, per_octave), torch.empty_like(p), 2**bits - 1
         addresses = p.data_ptr(), hats.data_ptr()
         self._fake_log2(*addresses, p.numel(), peak, per_octave, last, values.data_ptr(), torch.get_num_threads())
+        return hats
+
+    def softmax_signed(self, scores: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
+        """`signed` of the softmax of scores, float [..., columns], over columns, without one tensor in between."""
+        if not self.takes(scores, -1):
+            return self.signed(torch.softmax(scores, dim=-1), scale, zero_point, low, high)
+        codes = torch.empty(scores.shape, dtype=torch.int8)
+        addresses, grid = (scores.data_ptr(), codes.data_ptr()), _Grid(None, scale, zero_point, low, high)
+        self._softmax_encode(*addresses, *_matrix(scores.shape), grid, torch.get_num_threads())
+        return codes
+
+    def softmax_log2(self, scores: Tensor, peak: float, bits: int, per_octave: int) -> Tensor:
+        """The same for `fake_log2`."""
+        if not self.takes(scores, -1):
+            return self.fake_log2(torch.softmax(scores, dim=-1), peak, bits, per_octave)
+        values, hats, last = log2_values(peak, bits, per_octave), torch.empty_like(scores), 2**bits - 1
+        addresses, shape = (scores.data_ptr(), hats.data_ptr()), _matrix(scores.shape)
+        self._softmax_log2(*addresses, *shape, peak, per_octave, last, values.data_ptr(), torch.get_num_threads())
         return hats
 
     def scale_sums(self, sums: Tensor, row: Tensor | None, column: Tensor | None, scale: float, out: Tensor) -> None:
@@ -150,6 +171,15 @@ class NativeGlue:
         row, column = (None if more is None else more.contiguous() for more in (row, column))
         more = (None if part is None else part.data_ptr() for part in (row, column))
         self._scale_sums(sums.data_ptr(), *more, out.data_ptr(), *sums.shape, scale, torch.get_num_threads())
+
+
+def log2_values(peak: float, bits: int, per_octave: int) -> Tensor:
+    """What each code of a log2 grid stands for, float32 [2^bits]."""
+    return dequantize_log2(torch.arange(2.0**bits), torch.tensor(peak), bits, per_octave)
+
+
+def _matrix(shape: torch.Size) -> tuple[int, int]:
+    return shape[:-1].numel(), shape[-1]
 
 
 def _function(function: Any, *arguments: Any, result: Any = None) -> Any:
