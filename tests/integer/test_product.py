@@ -175,6 +175,7 @@ def test_the_trial_of_a_product_finds_clipped_sums_and_refusals() -> None:
 def test_products_of_floats(size: int, known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.setattr(cpu, "_has_linear", lambda: known)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512" if known else "AVX2")
     left, right = torch.randn(3, size, size + 1), torch.randn(3, size + 2, size + 1).mT
     torch.testing.assert_close(
         cpu.float_product(left, right).double(), left.double() @ right.double(), rtol=1e-5, atol=1e-4
@@ -183,12 +184,12 @@ def test_products_of_floats(size: int, known: bool, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("inner", [1, 64, cpu.EXACT, cpu.EXACT + 1, 3 * cpu.EXACT])
 def test_floats_add_up_products_of_bytes_without_rounding(inner: int) -> None:
-    left, right = (trial.extremes(shape, -128, 127).to(torch.int8) for shape in ((5, inner), (inner, 7)))
-    left[0], right[:, 0] = -128, -128  # the largest sum there is
-    sums = torch.empty(5, 7, dtype=torch.int32)
-    cpu.sums_by_floats(left, right, sums)
+    left, right = (trial.extremes(shape, -128, 127).to(torch.int8) for shape in ((2, 5, inner), (2, inner, 7)))
+    left[1, 0], right[1, :, 0] = -128, -128  # the largest sum there is
+    sums = cpu.sums_by_floats(left, right)
+    assert sums.dtype == torch.int32
     assert torch.equal(sums.long(), left.long() @ right.long())
-    assert int(sums[0, 0]) == 2**14 * inner
+    assert int(sums[1, 0, 0]) == 2**14 * inner
 
 
 @pytest.mark.parametrize("faster", [True, False])
@@ -199,9 +200,10 @@ def test_what_is_faster_changes_no_bit(faster: bool, monkeypatch: pytest.MonkeyP
     )
     row, column = torch.arange(120).int().reshape(3, 40, 1), torch.arange(90).int().reshape(3, 1, 30)
     monkeypatch.setattr(cpu, "floats_are_faster", lambda: faster)
-    expected = ((left.long() @ right.long()) + row + column).float() * 0.37
+    sums = left.long() @ right.long()
     for backend in BACKENDS:
-        assert torch.equal(backend.product(left, right, row, column, 0.37), expected)
+        assert torch.equal(backend.product(left, right, row, column, 0.37), (sums + row + column).float() * 0.37)
+        assert torch.equal(backend.product(left, right, None, None, 0.37), sums.float() * 0.37)
 
 
 @WHEN

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import timeit
 from collections.abc import Callable
-from functools import cache
+from functools import cache, reduce
 
 import torch
 from torch import Tensor
@@ -144,42 +144,41 @@ def product(
 ) -> Tensor:  # fmt: skip
     """See `backend.Product`. One matrix after another, so that its sums stay in the cache until they are scaled by `finish`."""
     left, right = _dense(left), _dense(right)
+    floats = floats_are_faster()
+    if floats and row is None and column is None and left.shape[2] <= EXACT:
+        return torch.bmm(left.float(), right.float()).mul_(scale)
     result = torch.empty(*left.shape[:2], right.shape[2])
+    stack = sums_by_floats(left, right) if floats else None
     sums = torch.empty(*result.shape[1:], dtype=torch.int32)
-    add_up = sums_by_floats if floats_are_faster() else _sums_of_bytes
     for i in range(len(left)):
-        add_up(left[i], right[i], sums)
-        finish(sums, _part(row, i), _part(column, i), scale, result[i])
+        if stack is None:
+            torch._int_mm(left[i], right[i], out=sums)
+        finish(sums if stack is None else stack[i], _part(row, i), _part(column, i), scale, result[i])
     return result
 
 
-def _sums_of_bytes(left: Tensor, right: Tensor, sums: Tensor) -> None:
-    torch._int_mm(left, right, out=sums)
+def sums_by_floats(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right`, int32 [n, rows, columns], through float32, which adds up so few products of bytes without rounding.
 
-
-def sums_by_floats(left: Tensor, right: Tensor, sums: Tensor) -> None:
-    """Write `left @ right`, int32, through float32, which adds up so few products of bytes without rounding.
-
-    Args: left: int8 [rows, inner]; right: int8 [inner, columns].
+    Args: left: int8 [n, rows, inner]; right: int8 [n, inner, columns].
     """
-    for number, (a, b) in enumerate(zip(left.split(EXACT, dim=1), right.split(EXACT), strict=True)):
-        part = float_product(a.float()[None], b.float()[None])[0]
-        sums.copy_(part) if number == 0 else sums.add_(part.to(torch.int32))
+    parts = zip(left.split(EXACT, dim=2), right.split(EXACT, dim=1), strict=True)
+    sums = (torch.bmm(a.float(), b.float()).to(torch.int32) for a, b in parts)
+    return reduce(Tensor.add_, sums)
 
 
 @cache
 def floats_are_faster() -> bool:
-    """Whether products of bytes take longer than those of floats that hold the same numbers.
+    """Whether products of bytes take longer than those of floats that hold the same numbers; no bit of a product depends on it.
 
     They do where PyTorch has nothing but a plain loop for them: on x86 without VNNI they take ten times as long.
     """
-    left, right = torch.ones(256, 64, dtype=torch.int8), torch.ones(64, 256, dtype=torch.int8)
-    sums = torch.empty(256, 256, dtype=torch.int32)
-    return _fastest(sums_by_floats, left, right, sums) < _fastest(_sums_of_bytes, left, right, sums)
+    left, right = torch.ones(1, 256, 64, dtype=torch.int8), torch.ones(1, 64, 256, dtype=torch.int8)
+    return _fastest(lambda: sums_by_floats(left, right)) < _fastest(lambda: torch._int_mm(left[0], right[0]))
 
 
-def _fastest(add_up: Callable[[Tensor, Tensor, Tensor], None], *given: Tensor) -> float:
-    return min(timeit.repeat(lambda: add_up(*given), number=1, repeat=4))
+def _fastest(call: Callable[[], Tensor]) -> float:
+    return min(timeit.repeat(call, number=1, repeat=4))
 
 
 def _part(stack: Tensor | None, index: int) -> Tensor | None:
@@ -187,8 +186,10 @@ def _part(stack: Tensor | None, index: int) -> Tensor | None:
 
 
 def float_product(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right`, float32 [n, rows, inner] and [n, inner, columns]; oneDNN takes half of MKL's time for large ones."""
-    if left[0].numel() * right.shape[2] < LARGE or not _has_linear():
+    """`left @ right`, float32 [n, rows, inner] and [n, inner, columns]."""
+    # with AVX-512 oneDNN takes half of MKL's time for large ones, with AVX2 more of it
+    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    if not wide or left[0].numel() * right.shape[2] < LARGE or not _has_linear():
         return torch.bmm(left, right)
     result = torch.empty(*left.shape[:2], right.shape[2])
     for i in range(len(left)):
