@@ -20,8 +20,13 @@ class TokenGroupNorm(nn.GroupNorm):
         return own.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize x, float [batch, channels, ...]; the result lies in memory as x does."""
-        return super().forward(x.unsqueeze(2)).squeeze(2) if x.dim() == 3 else super().forward(x)
+        """Normalize x, float [batch, channels, ...]; channels of tokens lie beside each other afterwards."""
+        if x.dim() != 3:
+            return super().forward(x)
+        batch, channels, tokens = x.shape
+        # by way of one axis: a batch of one may come with any stride, by which PyTorch takes it for another layout
+        image = x.mT.reshape(-1).view(batch, 1, tokens, channels).permute(0, 3, 1, 2)
+        return super().forward(image).squeeze(2)
 
 
 def keep_token_layout(denoiser: nn.Module) -> None:
