@@ -7,7 +7,7 @@ shape is tried before a layer relies on it.
 from __future__ import annotations
 
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, reduce
 
 import torch
@@ -142,19 +142,22 @@ def product(
     left: Tensor, right: Tensor, row: Tensor | None, column: Tensor | None, scale: float,
     finish: Callable[[Tensor, Tensor | None, Tensor | None, float, Tensor], None] = scale_sums,
 ) -> Tensor:  # fmt: skip
-    """See `backend.Product`. One matrix after another, so that its sums stay in the cache until they are scaled by `finish`."""
+    """See `backend.Product`. Args: finish: scales the sums of one matrix, see `scale_sums`."""
     left, right = _dense(left), _dense(right)
     floats = floats_are_faster()
     if floats and row is None and column is None and left.shape[2] <= EXACT:
         return torch.bmm(left.float(), right.float()).mul_(scale)
     result = torch.empty(*left.shape[:2], right.shape[2])
-    stack = sums_by_floats(left, right) if floats else None
-    sums = torch.empty(*result.shape[1:], dtype=torch.int32)
-    for i in range(len(left)):
-        if stack is None:
-            torch._int_mm(left[i], right[i], out=sums)
-        finish(sums if stack is None else stack[i], _part(row, i), _part(column, i), scale, result[i])
+    for i, sums in enumerate(sums_by_floats(left, right) if floats else _sums_of_bytes(left, right)):
+        finish(sums, _part(row, i), _part(column, i), scale, result[i])
     return result
+
+
+def _sums_of_bytes(left: Tensor, right: Tensor) -> Iterator[Tensor]:
+    """`left @ right`, int32 [rows, columns], one matrix after another in the same place: it is scaled while the cache has it."""
+    sums = torch.empty(left.shape[1], right.shape[2], dtype=torch.int32)
+    for a, b in zip(left, right, strict=True):
+        yield torch._int_mm(a, b, out=sums)
 
 
 def sums_by_floats(left: Tensor, right: Tensor) -> Tensor:
