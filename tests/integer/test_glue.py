@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
@@ -64,26 +63,6 @@ def test_a_block_in_place_computes_the_same_and_leaves_its_input_alone(
         assert torch.equal(block(x, time), ResnetBlock2D.forward(block, given, given_time))
         assert torch.equal(x, given)
         assert torch.equal(time, given_time)
-
-
-@torch.no_grad()
-def test_the_last_convolution_norms_its_own_input(tiny_pipeline, quantized_tiny) -> None:
-    unet = quantized_tiny(tiny_pipeline(), weights=8, activations=8).unet
-    norm, act, names = unet.conv_norm_out, unet.conv_act, set(unet.state_dict())
-    tcaq.lower(DDIMPipeline(unet, DDIMScheduler()), compiled=False)
-    x = torch.randn(2, norm.num_channels, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(unet.conv_act(unet.conv_norm_out(x)), x)
-    found = unet.conv_out(x)
-    unet.conv_out.before = None
-    assert torch.equal(found, unet.conv_out(act(norm(x))))
-    assert {name for name in names if "conv_norm_out" in name} <= set(unet.state_dict())
-
-
-def test_a_norm_before_a_float_convolution_stays(tiny_pipeline, quantized_tiny) -> None:
-    unet = quantized_tiny(tiny_pipeline()).unet
-    norm, unet.conv_out = unet.conv_norm_out, nn.Conv2d(unet.conv_out.in_channels, 1, 3, padding=1)
-    tcaq.lower(DDIMPipeline(unet, DDIMScheduler()))
-    assert unet.conv_norm_out is norm
 
 
 def test_a_block_with_a_layer_that_stays_float_is_left_as_it_was(tiny_pipeline, quantized_tiny) -> None:

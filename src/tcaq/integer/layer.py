@@ -99,13 +99,11 @@ class IntegerLayer(Moded, nn.Module):
 class SteppedLayer(IntegerLayer):
     """An integer layer whose input has a grid for each step group.
 
-    Attributes: scale: float32 [groups]; zero_point: int16 [groups], among unsigned codes; before: what every input goes through
-        first, or None.
+    Attributes: scale: float32 [groups]; zero_point: int16 [groups], among unsigned codes.
     """
 
     scale: Tensor
     zero_point: Tensor
-    before: NormedSilu | None = None
 
     def __init__(self, layer: QuantizedWeight, codes: SignedCodes, kernel: Kernel, adds_rest: bool) -> None:
         super().__init__(layer, codes, kernel, adds_rest)
@@ -126,11 +124,11 @@ class SteppedLayer(IntegerLayer):
     def forward(self, x: Tensor, owned: bool = False, before: NormedSilu | None = None) -> Tensor:
         """Multiply `x`, float [batch, ...], or what `before` makes of it.
 
-        Args: owned: whether x may be overwritten, since it is needed nowhere else; before: None for the layer's own.
+        Args: owned: whether x may be overwritten, since it is needed nowhere else.
         Raises: CheckpointError in float mode or on another device.
         """
         self.check(x)
-        before, rows = before or self.before, step_rows(self.clock)
+        rows = step_rows(self.clock)
         if before is not None and not (len(set(rows)) == 1 and self._fuses(x)):
             x, owned, before = before(x, owned), True, None
         return by_group(rows, lambda x, group: self._run(x, group, owned, before), x)

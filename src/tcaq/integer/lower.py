@@ -20,7 +20,6 @@ from tcaq.integer.build import NoKernel, integer_layer
 from tcaq.integer.cpu import CPU
 from tcaq.integer.cuda import CUDA
 from tcaq.integer.cuda_triton import TRITON
-from tcaq.integer.final_norm import fuse_final_norm
 from tcaq.integer.native.kernels import COMPILED
 from tcaq.integer.norm import keep_token_layout
 from tcaq.integer.product import IntegerProduct, product_clock, uneven_groups
@@ -119,7 +118,6 @@ def lower(pipe: DiffusionPipeline, products: Products = "plan", compiled: bool =
         _fuse(denoiser)
     keep_token_layout(denoiser)
     keep_blocks_in_place(denoiser)
-    fuse_final_norm(denoiser)
     if quantizer is not None:
         denoiser.hf_quantizer = LoweredQuantizer(quantizer.quantization_config)
     return Lowering(tuple(done), _before(usable[0], problems))
