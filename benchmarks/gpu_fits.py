@@ -91,7 +91,7 @@ def timed(unet: nn.Module, trajectories: Trajectories, name: str, kind: Callable
     before = {key: value.clone() for key, value in unit_state(unit).items()}
     with Reconstructor(unet, units, trajectories, learn.Fit(spec, count), memory=8.0) as reconstructor:
         learn.learn(
-            learn.Lesson(unit, lessons := reconstructor._lessons(unit), clock_of(unet), ones(lessons)),
+            learn.Objective(unit, lessons := reconstructor._lessons(unit), clock_of(unet), ones(lessons)),
             reconstructor.how, torch.Generator().manual_seed(0), rounding=name != "network", scales=True,
         )  # fmt: skip
     spent = clocks[0].milliseconds()

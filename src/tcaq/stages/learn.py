@@ -44,7 +44,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Objective:
     """What a unit learns from, and how it is told how well it does.
 
     Attributes: initial: what the loss of each input is divided by, float [inputs, 1 or bands] for each part.
@@ -63,9 +63,9 @@ class Schedule(Protocol):
         """Move to the rates of the next step."""
 
 
-def learn(lesson: Lesson, how: Fit, generator: torch.Generator, *, rounding: bool, scales: bool) -> None:
+def learn(objective: Objective, how: Fit, generator: torch.Generator, *, rounding: bool, scales: bool) -> None:
     """Learn roundings, step sizes, or both together, then fold them into codes and scales."""
-    spec, unit, layers = how.spec, lesson.unit, how.layers(lesson.unit)
+    spec, unit, layers = how.spec, objective.unit, how.layers(objective.unit)
     rounding = rounding and spec.rounding_rate > 0
     weights = [layer.weight_quantizer for layer in layers if isinstance(layer, QuantizedWeight)] if rounding else []
     groups = begin(layers, spec, how.trust, rounding=rounding, scales=scales)
@@ -73,25 +73,25 @@ def learn(lesson: Lesson, how: Fit, generator: torch.Generator, *, rounding: boo
         return  # every rate is zero
     still = not rounding and not (scales and spec.weight_rate)
     with only(unit.module, groups), holding_weights(unit.module) if still else nullcontext():
-        descend(lesson, how, generator, groups, weights)
+        descend(objective, how, generator, groups, weights)
     end(layers)
 
 
 def descend(
-    lesson: Lesson,
+    objective: Objective,
     how: Fit,
     generator: torch.Generator,
     groups: list[dict[str, Any]],
     weights: list[WeightQuantizer],
 ) -> None:
     """Take all steps. Args: groups: the variables, for an optimizer; weights: those whose roundings are learned."""
-    spec, device = how.spec, device_of(lesson.unit.module)
+    spec, device = how.spec, device_of(objective.unit.module)
     masks = following(generator, device)
     optimizer, schedule = optimizing(groups, how.iterations, device)
     count = sum(weight.shape.numel() for weight in weights)
 
     def step(number: int, penalized: bool, rows: Tensor, beta: float | Tensor) -> None:
-        loss = batch_loss(lesson, number, rows, spec, masks)
+        loss = batch_loss(objective, number, rows, spec, masks)
         if penalized:
             penalties = [weight.penalty(beta) for weight in weights]
             loss = loss + spec.penalty * torch.stack(penalties).sum() / count
@@ -103,7 +103,7 @@ def descend(
     # without this a warm-up would let the loss alone pull held roundings back to the float weight
     warmup = 0.0 if how.trust else spec.warmup
     for iteration in range(how.iterations):
-        number, rows = lesson.lessons.draw(spec.batch, generator)
+        number, rows = objective.lessons.draw(spec.batch, generator)
         beta = annealed(iteration, how.iterations, warmup) if weights else None
         form = (number, beta is not None)
         if recorded is None:
@@ -139,16 +139,16 @@ def only(module: nn.Module, groups: list[dict[str, Any]]) -> Iterator[None]:
 
 
 def batch_loss(
-    lesson: Lesson, number: int, rows: Tensor, spec: Reconstruction, masks: torch.Generator
+    objective: Objective, number: int, rows: Tensor, spec: Reconstruction, masks: torch.Generator
 ) -> Tensor:  # fmt: skip
     """The error of some rows of a part against what it was; inputs in part from the float stream."""
-    teaching: Teaching = lesson.lessons.parts[number]
-    lesson.clock.set(teaching.timesteps[rows])
+    teaching: Teaching = objective.lessons.parts[number]
+    objective.clock.set(teaching.timesteps[rows])
     inputs = rows_of(teaching.inputs, rows).zip(
         rows_of(teaching.float_inputs, rows), lambda q, f: mixed(q, f, spec.drop, masks)
     )
-    error = teaching.distance(inputs(lesson.unit.module), rows, spec.power, in_bands=spec.balance == "bands")
-    return (error / lesson.initial[number][rows]).mean()
+    error = teaching.distance(inputs(objective.unit.module), rows, spec.power, in_bands=spec.balance == "bands")
+    return (error / objective.initial[number][rows]).mean()
 
 
 def begin(

@@ -21,7 +21,7 @@ from tcaq.quantizers.clock import StepClock
 from tcaq.records import Record
 from tcaq.spec.recipe import Reconstruction
 from tcaq.stages.call import Call, rows_of
-from tcaq.stages.learn import Fit, Lesson, learn
+from tcaq.stages.learn import Fit, Objective, learn
 from tcaq.stages.precise import precise
 from tcaq.stages.teaching import Lessons, Teaching
 from tcaq.stages.unitwise import Unitwise
@@ -74,7 +74,7 @@ def fit(unit: Unit, lessons: Lessons, clock: StepClock, how: Fit) -> Record:
     for rounding, scales in [(True, True)] if joint else [(True, False), (False, True)]:
         loss, initial = measure(unit, lessons, clock, how.spec)
         losses.append(loss)
-        learn(Lesson(unit, lessons, clock, initial), how, generator, rounding=rounding, scales=scales)
+        learn(Objective(unit, lessons, clock, initial), how, generator, rounding=rounding, scales=scales)
     losses.append(measure(unit, lessons, clock, how.spec)[0])
     return Record(unit_state(unit), {"unit": unit.name, "loss_before": losses[0], "loss_after": losses[-1]})
 
