@@ -14,6 +14,7 @@ import torch
 from tcaq.integer.cpu import CPU
 from tcaq.integer.cuda import CUDA
 from tcaq.integer.cuda_triton import TRITON
+from tcaq.integer.native.avx2_kernels import AVX2
 from tcaq.integer.native.kernels import COMPILED
 
 GPU = torch.cuda.is_available()
@@ -22,9 +23,11 @@ HERE = "cuda" if GPU else "cpu"
 ON_GPU = pytest.mark.skipif(not GPU, reason="no CUDA device: the same arithmetic is tested on the CPU")
 WITH_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 WITH_COMPILER = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+WITH_AVX2 = pytest.mark.skipif(AVX2.missing() is not None, reason=str(AVX2.missing()))
 PLACES = [
     pytest.param((CPU, "cpu"), id="cpu"),
     pytest.param((COMPILED, "cpu"), id="cpu, compiled", marks=WITH_COMPILER),
+    pytest.param((AVX2, "cpu"), id="cpu, AVX2", marks=WITH_AVX2),
     pytest.param((CUDA, "cpu"), id="cuda's arithmetic on the CPU"),
     pytest.param((CUDA, "cuda"), id="cuda", marks=ON_GPU),
     pytest.param((TRITON, HERE), id="triton" if GPU else "triton, interpreted", marks=WITH_TRITON),

@@ -86,20 +86,12 @@ class CpuLinear:
         """Multiply codes, uint8 [..., in]."""
         rows = codes.reshape(-1, codes.shape[-1])
         if isinstance(grid.scale, Tensor):
-            result = self._by_token(rows, grid).to(dtype)
+            result = by_token(
+                lambda zero: self._product(rows, 1.0, zero, None, torch.float32), grid, self.sums, self.bias
+            ).to(dtype)
         else:
             result = self._product(rows, grid.scale, grid.zero_point, self.bias, dtype)
         return result.reshape(*codes.shape[:-1], -1)
-
-    def _by_token(self, rows: Tensor, grid: InputGrid) -> Tensor:
-        """The op takes one zero point for all rows. It is given the middle code m, and what a token's own zero point z adds,
-        `(m - z) Σ w`, comes behind it in float: small, because m is as near to every z as one number can be.
-        """
-        scale, zero_point = (torch.as_tensor(part).reshape(-1, 1) for part in (grid.scale, grid.zero_point))
-        middle = (grid.top + 1) // 2
-        products = self._product(rows, 1.0, middle, None, torch.float32)
-        products = torch.addcmul(products, middle - zero_point, self.sums).mul_(scale)
-        return products if self.bias is None else products.add_(self.bias)
 
     def _product(
         self, rows: Tensor, scale: float, zero_point: int | Tensor, bias: Tensor | None, dtype: torch.dtype
@@ -108,6 +100,19 @@ class CpuLinear:
             rows, scale, zero_point, self.packed, self.scale, self.zeros, bias, 1.0, 0, _output(dtype), "none", [], "",
         )  # fmt: skip
         return result.to(dtype)
+
+
+def by_token(product: Callable[[int], Tensor], grid: InputGrid, sums: Tensor, bias: Tensor | None) -> Tensor:
+    """A product with a grid for each row, by one that takes a single zero point for all of them.
+
+    It is given the middle code m, and what a row's own zero point z adds, `(m - z) Σ w`, comes behind it in float: small, because m
+    is as near to every z as one number can be.
+    Args: product: a zero point -> what the rows' codes less it sum up to, float32 [rows, out]; sums: float32 [out], Σ w.
+    """
+    scale, zero_point = (torch.as_tensor(part).reshape(-1, 1) for part in (grid.scale, grid.zero_point))
+    middle = (grid.top + 1) // 2
+    products = torch.addcmul(product(middle), middle - zero_point, sums).mul_(scale)
+    return products if bias is None else products.add_(bias)
 
 
 def _output(dtype: torch.dtype) -> torch.dtype:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from math import prod
 from typing import Any
 
 import torch
@@ -18,12 +17,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tcaq.integer.backend import Backend, Geometry, InputGrid, Span, Weights
-from tcaq.integer.trial import try_conv, try_linear
+from tcaq.integer.trial import too_long, try_conv, try_linear
 
 CAPABILITY = (8, 0)
 """Triton compiles no int8 product for older ones."""
-LONGEST = (2**31 - 1) // 255**2
-"""So many products of a code and a weight, its rest included, fit 32 bits whatever they are."""
 MIDDLE = 128
 READ = (torch.float32, torch.float16, torch.bfloat16)
 """What inputs are read as; others are converted before."""
@@ -196,18 +193,13 @@ def conv_problem(shape: tuple[int, ...], geometry: Geometry, span: Span) -> str 
     """Grouped convolutions have no kernel here; others have what a trial on the GPU finds."""
     if geometry.groups > 1:
         return f"a convolution in {geometry.groups} groups has no integer kernel on a GPU"
-    return _too_long(shape) or _tried(lambda: try_conv(TritonConv, shape, geometry, span, _device()))
+    return too_long(shape) or _tried(lambda: try_conv(TritonConv, shape, geometry, span, _device()))
 
 
 @cache
 def linear_problem(shape: tuple[int, ...], span: Span) -> str | None:
     """What a trial on the GPU finds."""
-    return _too_long(shape) or _tried(lambda: try_linear(TritonLinear, shape, span, _device()))
-
-
-def _too_long(shape: tuple[int, ...]) -> str | None:
-    count = prod(shape[1:])
-    return None if count <= LONGEST else f"sums of {count} products may not fit 32 bits"
+    return too_long(shape) or _tried(lambda: try_linear(TritonLinear, shape, span, _device()))
 
 
 def _tried(trial: Callable[[], str | None]) -> str | None:

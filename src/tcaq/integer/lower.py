@@ -20,6 +20,7 @@ from tcaq.integer.build import NoKernel, integer_layer
 from tcaq.integer.cpu import CPU
 from tcaq.integer.cuda import CUDA
 from tcaq.integer.cuda_triton import TRITON
+from tcaq.integer.native.avx2_kernels import AVX2
 from tcaq.integer.native.kernels import COMPILED
 from tcaq.integer.norm import keep_token_layout
 from tcaq.integer.product import IntegerProduct, product_clock, uneven_groups
@@ -30,7 +31,7 @@ from tcaq.layers.weighted import QuantizedWeight
 from tcaq.models.denoiser import find_denoiser
 from tcaq.models.quantizer import TcaqQuantizer
 
-BACKENDS = {"cpu": (COMPILED, CPU), "cuda": (TRITON, CUDA)}
+BACKENDS = {"cpu": (AVX2, COMPILED, CPU), "cuda": (TRITON, CUDA)}
 """Kernels of each kind of device, the fastest first: a layer takes the first that run it exactly."""
 Products = Literal["plan", "fused"]
 Execution = Literal["integer", "fake", "float"]
@@ -90,8 +91,8 @@ def lower(pipe: DiffusionPipeline, products: Products = "plan", compiled: bool =
 
     Args: pipe: loaded from a checkpoint, or quantized in memory; products: what becomes of the products in attention: `plan`,
         quantized as the plan says, in integers where both grids are even; `fused`, not quantized, in PyTorch's fused attention;
-        compiled: whether what stands between a CPU's kernels is compiled C where there is a compiler (the environment variable CC,
-        else `cc`; it takes a second or two, once on a machine), not PyTorch's operations.
+        compiled: whether what stands between a CPU's kernels, and kernels that PyTorch lacks, are compiled C where there is a
+        compiler (the environment variable CC, else `cc`; it takes a few seconds, once on a machine), not PyTorch's operations.
     Raises: UsageError if the pipeline is not quantized.
     """
     denoiser = find_denoiser(pipe)[1]
@@ -102,7 +103,9 @@ def lower(pipe: DiffusionPipeline, products: Products = "plan", compiled: bool =
         )
     device = next(denoiser.parameters()).device.type
     problems = {
-        backend: backend.missing() for backend in BACKENDS.get(device, ()) if compiled or backend is not COMPILED
+        backend: backend.missing()
+        for backend in BACKENDS.get(device, ())
+        if (compiled or not backend.compiled) and backend.helps()
     }
     usable = [backend for backend, problem in problems.items() if problem is None]
     if not usable:

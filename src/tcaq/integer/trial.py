@@ -6,6 +6,7 @@ Processors without VNNI instructions add pairs of products in 16 bits and clip t
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from tcaq.integer.backend import Geometry, InputGrid, Kernel, Product, Span, Wei
 
 ROWS = 64
 """Output channels of a trial; kernels take them in blocks of up to so many."""
+LONGEST = (2**31 - 1) // 255**2
+"""So many products of a code and a weight, its rest included, fit 32 bits whatever they are."""
 
 
 def try_conv(
@@ -54,6 +57,12 @@ def try_product(product: Product) -> str | None:
     if torch.equal(found.double(), left.double() @ right.double()):
         return None
     return "this processor does not multiply signed bytes exactly"
+
+
+def too_long(shape: tuple[int, ...]) -> str | None:
+    """Why sums of a weight of this shape, with what its bytes lack, may not fit 32 bits; None if they do."""
+    count = prod(shape[1:])
+    return None if count <= LONGEST else f"sums of {count} products may not fit 32 bits"
 
 
 def _fewer(shape: tuple[int, ...], groups: int = 1) -> tuple[int, ...]:

@@ -116,5 +116,5 @@ def product_problem() -> str | None:
 COMPILED = Backend(
     missing, CompiledConv, CompiledLinear, conv_problem, linear_problem, adds_rest=True, product=product,
     product_problem=product_problem, float_product=cpu.float_product, signed=signed, fake_log2=fake_log2,
-    softmax_signed=softmax_signed, softmax_log2=softmax_log2,
+    softmax_signed=softmax_signed, softmax_log2=softmax_log2, compiled=True,
 )  # fmt: skip

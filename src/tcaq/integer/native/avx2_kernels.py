@@ -1,0 +1,104 @@
+"""Integer kernels of our own for x86 processors with AVX2 and without VNNI.
+
+oneDNN moves each sum of two products to 32 bits there, and multiplies weights of eight bits in two parts, since sums of two such
+products may not fit 16 bits. What avx2.c does depends on the numbers: sums of narrow ones stay in 16 bits as long as they fit, wide
+ones are multiplied as numbers of 16 bits, in one part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from tcaq.integer import cpu
+from tcaq.integer.backend import Geometry, InputGrid, Span, Weights
+from tcaq.integer.native.avx2 import PackedWeights, native_products
+from tcaq.integer.native.compiler import CompilerError
+from tcaq.integer.native.kernels import COMPILED
+from tcaq.integer.native.library import native_glue
+from tcaq.integer.trial import too_long, try_conv, try_linear
+
+
+def missing() -> str | None:
+    """Why there are no such products here."""
+    if (problem := COMPILED.missing()) is not None:
+        return problem
+    try:
+        native_products()
+    except CompilerError as error:
+        return str(error)
+    return None
+
+
+def helps() -> bool:
+    """Whether they are the fastest of this processor."""
+    return missing() is None and native_products().helps
+
+
+class Avx2Conv:
+    """A convolution of codes with int8 weights and what these lack, summed in int32."""
+
+    def __init__(self, weights: Weights, geometry: Geometry) -> None:
+        self.glue, self.products = native_glue(), native_products()
+        self.packed = PackedWeights(weights, geometry)
+
+    def fuses(self, x: Tensor) -> bool:
+        """Whether a norm of x is done in one with its codes."""
+        return self.glue.takes(x, 1)
+
+    def __call__(self, x: Tensor, grid: InputGrid, dtype: torch.dtype) -> Tensor:
+        """Convolve float [batch, in, height, width]."""
+        codes, _ = self.glue.encode(x, grid, 1)
+        scale, zero_point = cast(float, grid.scale), cast(int, grid.zero_point)
+        return self.products.convolve(codes, self.packed, scale, zero_point, grid.top).to(dtype)
+
+
+class Avx2Linear:
+    """The same for matrices: a convolution of 1 by 1 over one row of pixels."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.glue, self.products, self.bias = native_glue(), native_products(), weights.bias
+        self.packed = PackedWeights(replace(weights, codes=weights.codes[:, :, None, None]), Geometry())
+        rest = 0 if weights.rest is None else weights.rest * weights.codes.shape[1]
+        self.sums = (weights.codes.sum(1, dtype=torch.int32) + rest) * weights.scale
+
+    def __call__(self, x: Tensor, grid: InputGrid, dtype: torch.dtype) -> Tensor:
+        """Multiply float [..., in]."""
+        codes, _ = self.glue.encode(x, grid, -1)
+        rows = codes.reshape(-1, codes.shape[-1])
+        if isinstance(grid.scale, Tensor):
+            products = cpu.by_token(
+                lambda zero: self._product(rows, 1.0, zero, grid.top, False), grid, self.sums, self.bias
+            )
+        else:
+            products = self._product(rows, grid.scale, cast(int, grid.zero_point), grid.top, True)
+        return products.reshape(*codes.shape[:-1], -1).to(dtype)
+
+    def _product(self, rows: Tensor, scale: float, zero_point: int, top: int, biased: bool) -> Tensor:
+        pixels = rows.T[None, :, None]
+        found = self.products.convolve(pixels, self.packed, scale, zero_point, top, biased)
+        return found[0, :, 0].T
+
+
+@cache
+def conv_problem(shape: tuple[int, ...], geometry: Geometry, span: Span) -> str | None:
+    """What a trial of a weight of this shape finds."""
+    if geometry.groups > 1:
+        return f"a convolution in {geometry.groups} groups has no kernel of ours"
+    return too_long(shape) or try_conv(Avx2Conv, shape, geometry, span)
+
+
+@cache
+def linear_problem(shape: tuple[int, ...], span: Span) -> str | None:
+    """The same for a matrix."""
+    return too_long(shape) or try_linear(Avx2Linear, shape, span)
+
+
+AVX2 = replace(
+    COMPILED, missing=missing, conv=Avx2Conv, linear=Avx2Linear, conv_problem=conv_problem, linear_problem=linear_problem,
+    helps=helps,
+)  # fmt: skip
