@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from protocol import add_protocol
 from torch import nn
 
 from tcaq import load
@@ -36,9 +37,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("what", choices=["steps", "units"])
-    parser.add_argument("--num", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=7)
+    add_protocol(parser, num=200, steps=20, seed=7)
     return parser.parse_args()
 
 

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from model import add_model, conditions
+from protocol import add_protocol
 
 from tcaq import load, preset_recipe, quantize
 from tcaq.cli.models import open_float
@@ -30,9 +31,7 @@ def main() -> None:
     add_model(parser)
     parser.add_argument("--preset", default="quick")
     parser.add_argument("--output", type=Path, default=Path("build/explore"))
-    parser.add_argument("--num", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=7)
+    add_protocol(parser, num=200, steps=20, seed=7)
     args = parser.parse_args()
     asked = conditions(args)
     protocol = Protocol(

@@ -22,7 +22,7 @@ import torch
 from diffusers import DiffusionPipeline
 from machine import machine
 from page import ROOT
-from protocol import stored
+from protocol import add_protocol, stored
 from quality import tcaq
 from torch import Tensor
 
@@ -74,10 +74,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "quality")
-    parser.add_argument("--num", type=int, default=2000)
+    add_protocol(parser)
     parser.add_argument("--pairs", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     how = {"num": args.num, "pairs": args.pairs, "steps": args.steps, "seed": args.seed, "machine": machine()}

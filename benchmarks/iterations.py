@@ -18,7 +18,7 @@ from typing import Any
 from model import add_model, flags
 from on_gpu import device_name, distances, evaluated
 from page import ROOT
-from protocol import stored
+from protocol import add_protocol, stored
 from quality import LONGER, cells, commit
 from spread import BLOCKS, error
 from torch import tensor
@@ -64,9 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "iterations")
     add_model(parser)
-    parser.add_argument("--num", type=int, default=5000)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=1)
+    add_protocol(parser, num=5000)
     parser.add_argument("--batch", type=int, default=250, help="images at a time")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", nargs="+", choices=ROWS, default=ROWS)

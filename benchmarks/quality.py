@@ -27,6 +27,7 @@ import torch
 from machine import machine
 from model import add_model, flags
 from page import ROOT, row
+from protocol import add_protocol
 
 from tcaq.recipes.registry import RECIPES
 from tcaq.records import read_json, write_json
@@ -140,9 +141,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "quality")
     add_model(parser)
     parser.add_argument("--preset", default="full")
-    parser.add_argument("--num", type=int, default=2000)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=1)
+    add_protocol(parser)
     every = list(cells(""))
     parser.add_argument("--only", nargs="+", choices=every, default=[name for name in every if name not in LONGER])
     parser.add_argument("--execution", choices=("fake", "integer"), default="fake")

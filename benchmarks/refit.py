@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
+from protocol import add_protocol
 
 from tcaq.checkpoint import pack
 from tcaq.evaluate.features import load_features
@@ -99,9 +100,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("variants", nargs="+", metavar="ROUND CHANGES")
     parser.add_argument("--work", type=Path, default=Path("build/refit"))
-    parser.add_argument("--num", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=7)
+    add_protocol(parser, num=256, seed=7)
     args = parser.parse_args()
     run = Run.read(args.folder / "run")
     protocol = Protocol(load_features("reference"), args.work / "samples", args.num, args.steps, args.seed)

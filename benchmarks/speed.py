@@ -4,6 +4,8 @@
     python benchmarks/speed.py --only memory    one stage of it; the others stay as they were measured
     python benchmarks/speed.py --only table --parts exports --output NEW
                                                 one part of the tables; a folder that is kept holds the exports of an earlier run
+    python benchmarks/speed.py --only table --parts brief --results docs/lab/speed-no-vnni.json
+                                                what a processor without VNNI is asked
 
 Two models: the U-Net of google/ddpm-cifar10-32 (35.7 million parameters) with random weights, for which speed does not care, and
 the bundled one. Each is quantized without gradients from few images. Then everything is `tcaq bench`: contenders in turn, in one
@@ -25,7 +27,7 @@ from quality import tcaq
 from tcaq.records import read_json, write_json
 
 RESULTS = ROOT / "benchmarks" / "results" / "speed.json"
-WIDTHS = {"w8a8": (8, 8), "w4a4": (4, 4)}
+WIDTHS = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a4": (4, 4)}
 BYTE = {"bits": 8}
 SYMMETRIC = {
     "rules": [
@@ -39,9 +41,17 @@ TABLE = {
     "ours": "fp32,fp32-channels-last,bf16,bf16-channels-last,fake,integer,integer-eager,integer-fused,integer-bf16",
     "exports": "fp32,onnx-fp32,onnx,onnx-static,openvino-fp32,openvino,nncf",
     "others": "fp32,fp32-compiled,torchao,quanto",
+    "brief": "fp32,fp32-channels-last,fake,integer,integer-eager,integer-fused",
 }
 """Contenders that run beside each other; more at once would meet each other in memory."""
-PARTS = {"w8a8": ["ours"], "w8a8-symmetric": ["ours", "exports", "others"], "w4a4": ["ours", "exports"]}
+ASKED = ("ours", "exports", "others")
+"""Of these by default."""
+PARTS = {
+    "w8a8": ["ours", "brief"],
+    "w8a8-symmetric": ["ours", "exports", "others", "brief"],
+    "w4a8": ["brief"],
+    "w4a4": ["ours", "exports", "brief"],
+}
 """What is measured of each checkpoint; other tools make the same of a model whatever our widths are."""
 HELD = "fp32,bf16,integer,integer-fused"
 """Contenders whose memory is measured."""
@@ -50,7 +60,7 @@ BATCHES = "1,2,4,8,16,32,64"
 SIZES = (32, 48, 64, 96, 128)
 
 
-def prepare(output: Path) -> dict[str, tuple[str, dict[str, Path]]]:
+def prepare(output: Path, widths: Sequence[str]) -> dict[str, tuple[str, dict[str, Path]]]:
     """The float model's name and the checkpoints by width, for each model; what is there is kept."""
     folder = output / "cifar10" / "float"
     if not (folder / "model_index.json").exists():
@@ -59,7 +69,7 @@ def prepare(output: Path) -> dict[str, tuple[str, dict[str, Path]]]:
     write_json(plan, SYMMETRIC)
     found = {}
     for name, model in (("cifar10", str(folder)), ("reference", "reference")):
-        checkpoints = {width: output / name / width for width in PARTS}
+        checkpoints = {width: output / name / width for width in widths}
         for width, checkpoint in checkpoints.items():
             weights, activations = WIDTHS[width.removesuffix("-symmetric")]
             options = ["--preset", "fast", "--samples", 4, "--steps", 8, "--batch", 4, "--no-correction"]
@@ -106,11 +116,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "speed")
     parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--models", nargs="+", choices=("cifar10", "reference"), default=("cifar10", "reference"))
-    parser.add_argument("--parts", nargs="+", choices=list(TABLE), default=list(TABLE), help="of the tables")
+    parser.add_argument("--parts", nargs="+", choices=list(TABLE), default=ASKED, help="of the tables")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     results = read_json(args.results) if args.results.exists() else {}
-    for name, (model, checkpoints) in prepare(args.output).items():
+    widths = [width for width, parts in PARTS.items() if set(parts) & set(args.parts)]
+    for name, (model, checkpoints) in prepare(args.output, widths).items():
         for width, checkpoint in checkpoints.items() if name in args.models else ():
             for stage in args.only:
                 if stage != "growth" or width == GROWN:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from model import add_model, conditions
 from page import ROOT
-from protocol import stored
+from protocol import add_protocol, stored
 from quality import cells
 from torch import Tensor
 
@@ -86,9 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "quality")
     add_model(parser)
-    parser.add_argument("--num", type=int, default=2000)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=1)
+    add_protocol(parser)
     parser.add_argument("--execution", type=Execution, choices=list(Execution), default=Execution.FAKE)
     parser.add_argument("--only", nargs="+", choices=list(cells("")), help="cells; others keep what they have")
     parser.add_argument("--evaluated", type=Path, help="what `on_gpu.py` measured, in place of the images")

@@ -188,17 +188,29 @@ static void pad(const uint8_t *codes, void *to, int wide, Window window, int32_t
     }
 }
 
-/* Where the window of an output pixel begins among padded inputs. */
-static int64_t beginning(int64_t pixel, const Window *window) {
-    int64_t column = pixel % window->columns, row = pixel / window->columns % window->rows;
-    int64_t image = pixel / window->columns / window->rows;
-    int64_t line = image * (window->height + 2 * window->top) + row * window->down;
-    return (line * (window->width + 2 * window->left) + column * window->right) * window->channels;
-}
-
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* Sums of one block of weights for SHARED pixels, of which those behind the last are the last again. */
+/* Where the windows of SHARED output pixels begin among padded inputs; those behind the last are the last again. */
+static void find_windows(int64_t first, const Window *window, int64_t *from) {
+    int64_t tall = window->height + 2 * window->top, broad = window->width + 2 * window->left;
+    int64_t column = first % window->columns, row = first / window->columns % window->rows;
+    int64_t image = first / window->columns / window->rows;
+    for (int64_t i = 0; i < SHARED; i++) {
+        if (image < window->images)
+            from[i] = ((image * tall + row * window->down) * broad + column * window->right) * window->channels;
+        else
+            from[i] = from[i - 1];
+        if (++column == window->columns) {
+            column = 0;
+            if (++row == window->rows) {
+                row = 0;
+                image++;
+            }
+        }
+    }
+}
+
+/* Sums of one block of weights for SHARED pixels. */
 static void multiply_block(const void *inputs, Window window, const Weights *weights, int64_t block, int64_t first, int32_t *sums) {
     int64_t fours = (window.run + 3) / 4, pixels = window.images * window.rows * window.columns;
     int64_t line = (window.width + 2 * window.left) * window.channels, wide = weights->most == 0, deep = DEEP / (1 + wide);
@@ -207,10 +219,11 @@ static void multiply_block(const void *inputs, Window window, const Weights *wei
     const uint8_t *narrow_pixels[SHARED];
     const int16_t *wide_pixels[SHARED];
     int16_t made[DEEP / 2 * 4 * OUT];
+    int64_t from[SHARED];
+    find_windows(first, &window, from);
     for (int64_t i = 0; i < SHARED; i++) {
-        int64_t from = beginning(least(first + i, pixels - 1), &window);
-        narrow_pixels[i] = (const uint8_t *)inputs + from;
-        wide_pixels[i] = (const int16_t *)inputs + from;
+        narrow_pixels[i] = (const uint8_t *)inputs + from[i];
+        wide_pixels[i] = (const int16_t *)inputs + from[i];
     }
     for (int64_t run = 0; run < window.runs; run += runs)
         for (int64_t at = 0; at < fours; at += cut) {
