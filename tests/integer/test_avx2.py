@@ -141,6 +141,27 @@ def test_tokens_have_grids_of_their_own_beside_what_bytes_lack() -> None:
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-4)
 
 
+MATRICES = [(3, 7, 16, 33), (1, 1, 1, 1), (2, 13, 50, 16), (2, 256, 48, 256), (1, 5, 4096, 3), (1, 5, 4099, 3)]
+
+
+@THREADS
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("shape", MATRICES, ids=str)
+def test_matrices_of_activations_are_multiplied_exactly(shape, turned: bool, threads: int, threads_after) -> None:
+    torch.set_num_threads(threads)
+    count, rows, inner, columns = shape
+    left = numbers((count, rows, inner), -128, 127, torch.int8)
+    right = numbers((count, columns, inner) if turned else (count, inner, columns), -128, 127, torch.int8)
+    left[:, 0], right[0, 0] = -128, -128
+    right = right.mT if turned else right
+    row, column = torch.arange(count * rows, dtype=torch.int32), torch.arange(count * columns, dtype=torch.int32)
+    row, column = 1000 * row.reshape(count, rows, 1), -1000 * column.reshape(count, 1, columns)
+    sums = left.double() @ right.double()
+    assert torch.equal(AVX2.product(left, right, None, None, 1.0).double(), sums.float().double())
+    found = AVX2.product(left, right, row, column, 0.5).double()
+    assert torch.equal(found, 0.5 * (sums + row + column).float().double())
+
+
 def test_what_it_cannot_do_has_a_reason() -> None:
     span = Span(-8, 7, 15)
     assert "2 groups has no kernel" in AVX2.conv_problem((8, 4, 3, 3), Geometry(groups=2), span)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tcaq.integer import cpu, product, trial
 from tcaq.integer.backend import Backend
+from tcaq.integer.native.avx2_kernels import AVX2
 from tcaq.integer.native.kernels import COMPILED
 from tcaq.integer.product import IntegerProduct
 from tcaq.layers.product import QuantizedProduct
@@ -20,7 +21,7 @@ from tcaq.spec.plan import LayerGrids
 from tcaq.spec.steps import StepGroups
 
 TIMES = {"one group": torch.tensor([900]), "mixed": torch.tensor([10, 900, 20])}
-BACKENDS = [cpu.CPU] if COMPILED.missing() else [cpu.CPU, COMPILED]
+BACKENDS = [backend for backend in (cpu.CPU, COMPILED, AVX2) if not backend.missing()]
 WHEN = pytest.mark.parametrize("when", TIMES.values(), ids=TIMES.keys())
 GRIDS = [
     AffineGrid(bits=4),

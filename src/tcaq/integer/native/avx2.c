@@ -33,6 +33,7 @@ int32_t helps(void) {
 #define PIXELS 6  /* multiplied with it at once: twelve vectors of sums, of the sixteen that a processor has */
 #define SHARED 96 /* pixels for which a block is read, and made wide, once */
 #define DEEP 512  /* fours of narrow weights for each output channel, as many of a block as stay in the first cache */
+#define LONGEST 4096 /* numbers in a row of the left one of two matrices, at most */
 
 /* Codes, [images, height, width, channels]. A kernel slides over them by `down` and `right`; the first place of its upper left corner
    is `top` above and `left` beside them, and there are rows by columns places. It has `runs` runs of `run` codes, `beside` of them
@@ -274,6 +275,60 @@ void convolve(const uint8_t *codes, Window window, Weights weights, float scale,
         multiply_block(inputs, window, &weights, block, first, sums);
         for (int64_t i = 0; i < least(SHARED, pixels - first); i++)
             scale_sums(sums + i * OUT, out + (first + i) * weights.out + block * OUT, &weights, block * OUT, scale, zero_point);
+    }
+}
+
+/* Matrices: left, [count, rows, inner], by rows; right, [count, inner, columns], whose numbers are `down` apart in a column and `beside`
+   in a row, its matrices inner * columns. */
+typedef struct {
+    int64_t count, rows, inner, columns, down, beside;
+} Matrices;
+
+/* OUT columns of a right matrix, from `first` on, as a block of weights; what is none is 0. to: [fours, OUT, 4]. */
+static void take_columns(const int8_t *right, const Matrices *sizes, int64_t first, int8_t *to) {
+    int64_t count = least(OUT, sizes->columns - first), whole = sizes->inner / 4 * 4;
+    memset(to, 0, (sizes->inner + 3) / 4 * 4 * OUT);
+    for (int64_t at = 0; at < sizes->inner; at += 4) {
+        const int8_t *from = right + at * sizes->down + first * sizes->beside;
+        if (sizes->down == 1 && at < whole)
+            for (int64_t column = 0; column < count; column++)
+                memcpy(to + at * OUT + column * 4, from + column * sizes->beside, 4);
+        else
+            for (int64_t number = 0; number < least(4, sizes->inner - at); number++)
+                for (int64_t column = 0; column < count; column++)
+                    to[at * OUT + column * 4 + number] = from[number * sizes->down + column * sizes->beside];
+    }
+}
+
+/* (left @ right + row + column) * scale; left: numbers of 16 bits, three more behind them; row: [count, rows], column: [count,
+   columns], or NULL. */
+void multiply(const int16_t *left, const int8_t *right, Matrices sizes, const int32_t *row, const int32_t *column, float scale, float *out,
+              int32_t threads) {
+    static const int32_t nothing[OUT] = {0};
+    int64_t blocks = (sizes.columns + OUT - 1) / OUT, start = 0;
+    Part part = {&start, 1, (sizes.inner + 3) / 4};
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t item = 0; item < sizes.count * blocks; item++) {
+        int64_t matrix = item / blocks, first = item % blocks * OUT, count = least(OUT, sizes.columns - first);
+        int8_t taken[LONGEST * OUT];
+        int16_t made[LONGEST * OUT];
+        take_columns(right + matrix * sizes.inner * sizes.columns, &sizes, first, taken);
+        widen(taken, part.fours, nothing, made);
+        for (int64_t tile = 0; tile < sizes.rows; tile += PIXELS) {
+            int32_t sums[PIXELS * OUT] = {0};
+            const int16_t *pixels[PIXELS];
+            for (int64_t i = 0; i < PIXELS; i++)
+                pixels[i] = left + (matrix * sizes.rows + least(tile + i, sizes.rows - 1)) * sizes.inner;
+            multiply_wide(pixels, made, part, sums);
+            for (int64_t i = 0; i < least(PIXELS, sizes.rows - tile); i++) {
+                int64_t own = matrix * sizes.rows + tile + i;
+                int32_t more = row ? row[own] : 0;
+                for (int64_t c = 0; c < count; c++) {
+                    int32_t above = column ? column[matrix * sizes.columns + first + c] : 0;
+                    out[own * sizes.columns + first + c] = (float)(sums[i * OUT + c] + more + above) * scale;
+                }
+            }
+        }
     }
 }
 #endif

@@ -20,6 +20,8 @@ BLOCK = 16
 """Output channels that are multiplied at once."""
 FOUR = 4
 """Bytes that are."""
+LONGEST = 4096
+"""Numbers that are multiplied and added up at most where both matrices are activations: C has room for no more."""
 
 
 class _Window(ctypes.Structure):
@@ -37,6 +39,10 @@ class _Weights(ctypes.Structure):
         *((name, c_void_p) for name in ("codes", "sums", "rest", "scale", "bias")),
         *((name, c_int64) for name in ("out", "most")),
     )
+
+
+class _Matrices(ctypes.Structure):
+    _fields_ = tuple((name, c_int64) for name in ("count", "rows", "inner", "columns", "down", "beside"))
 
 
 class PackedWeights:
@@ -102,6 +108,9 @@ class NativeProducts:
         self._convolve: Any = functions.convolve
         self._convolve.restype = None
         self._convolve.argtypes = (c_void_p, _Window, _Weights, c_float, c_int32, c_void_p, c_void_p, c_int32)
+        self._multiply: Any = functions.multiply
+        self._multiply.restype = None
+        self._multiply.argtypes = (*[c_void_p] * 2, _Matrices, *[c_void_p] * 2, c_float, c_void_p, c_int32)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied with a model, or sent to another process: what is compiled there."""
@@ -125,6 +134,22 @@ class NativeProducts:
             out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return out.permute(0, 3, 1, 2)
+
+    def multiply(self, left: Tensor, right: Tensor, row: Tensor | None, column: Tensor | None, scale: float) -> Tensor:
+        """See `backend.Product`; matrices with an inner size of at most LONGEST."""
+        count, rows, inner = left.shape
+        columns = right.shape[2]
+        turned = right.mT.is_contiguous()
+        if not turned:
+            right = right.contiguous()
+        sizes = _Matrices(count, rows, inner, columns, *((1, inner) if turned else (columns, 1)))
+        wide = torch.empty(left.numel() + FOUR, dtype=torch.int16)
+        wide[: left.numel()].view(left.shape).copy_(left)
+        out = torch.empty(count, rows, columns)
+        row, column = (None if more is None else more.contiguous() for more in (row, column))
+        more = (None if part is None else part.data_ptr() for part in (row, column))
+        self._multiply(wide.data_ptr(), right.data_ptr(), sizes, *more, scale, out.data_ptr(), torch.get_num_threads())
+        return out
 
 
 def _space(window: _Window, dtype: torch.dtype) -> Tensor | None:

@@ -16,16 +16,16 @@ from torch import Tensor
 
 from tcaq.integer import cpu
 from tcaq.integer.backend import Geometry, InputGrid, Span, Weights
-from tcaq.integer.native.avx2 import PackedWeights, native_products
+from tcaq.integer.native import kernels
+from tcaq.integer.native.avx2 import LONGEST, PackedWeights, native_products
 from tcaq.integer.native.compiler import CompilerError
-from tcaq.integer.native.kernels import COMPILED
 from tcaq.integer.native.library import native_glue
-from tcaq.integer.trial import too_long, try_conv, try_linear
+from tcaq.integer.trial import too_long, try_conv, try_linear, try_product
 
 
 def missing() -> str | None:
     """Why there are no such products here."""
-    if (problem := COMPILED.missing()) is not None:
+    if (problem := kernels.COMPILED.missing()) is not None:
         return problem
     try:
         native_products()
@@ -98,7 +98,20 @@ def linear_problem(shape: tuple[int, ...], span: Span) -> str | None:
     return too_long(shape) or try_linear(Avx2Linear, shape, span)
 
 
+def product(left: Tensor, right: Tensor, row: Tensor | None, column: Tensor | None, scale: float) -> Tensor:
+    """See `backend.Product`."""
+    if left.shape[2] > LONGEST:
+        return kernels.product(left, right, row, column, scale)
+    return native_products().multiply(left, right, row, column, scale)
+
+
+@cache
+def product_problem() -> str | None:
+    """What a trial of two matrices finds."""
+    return try_product(product)
+
+
 AVX2 = replace(
-    COMPILED, missing=missing, conv=Avx2Conv, linear=Avx2Linear, conv_problem=conv_problem, linear_problem=linear_problem,
-    helps=helps,
+    kernels.COMPILED, missing=missing, conv=Avx2Conv, linear=Avx2Linear, conv_problem=conv_problem, linear_problem=linear_problem,
+    product=product, product_problem=product_problem, helps=helps,
 )  # fmt: skip
