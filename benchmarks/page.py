@@ -208,14 +208,14 @@ def ablation(title: str, bits: str, done: Mapping[str, Any], spread: Mapping[str
 def speed(results: Mapping[str, Any]) -> list[str]:
     """Real execution of both models, and how it changes as work grows."""
     cell = results["cifar10"]["w4a4"]
-    first, held = cell["table"]["ours"], cell["memory"]
+    first = cell["table"]["ours"]
     lines = [
         "## Speed, memory and size",
         "",
         f"`python benchmarks/speed.py`: `tcaq bench` on {first['processor']}, {'with' if first['vnni'] else 'without'} VNNI, "
         f"{first['threads']} threads, nothing else running; batch 8, medians of {first['settings']['repeat']} repetitions in turn. "
         "Contenders from one row of fp32 to the next ran in turn, and ratios are within such a part. Memory: peak of "
-        f"loading the model and sampling one image, beyond the interpreter and its libraries{beside(held)}. PSNR: to "
+        f"loading the model and sampling one image, beyond the interpreter and its libraries. PSNR: to "
         f"the float model's images, {first['settings']['steps']} steps; with random weights it says only that nobody wins by "
         "computing something else.",
         "",
@@ -230,12 +230,6 @@ def speed(results: Mapping[str, Any]) -> list[str]:
                     "",
                 ]
     return [*lines, *grown(results)]
-
-
-def beside(held: Mapping[str, Any]) -> str:
-    """Where memory was measured, if it matters."""
-    two = ", on a processor without VNNI, which multiplies weights of eight bits in two parts that take twice the room"
-    return "" if held["vnni"] else two
 
 
 def race(table: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:

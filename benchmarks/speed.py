@@ -48,7 +48,7 @@ ASKED = ("ours", "exports", "others")
 """Of these by default."""
 PARTS = {
     "w8a8": ["ours", "brief"],
-    "w8a8-symmetric": ["ours", "exports", "others", "brief"],
+    "w8a8-symmetric": ["ours", "exports", "others"],
     "w4a8": ["brief"],
     "w4a4": ["ours", "exports", "brief"],
 }

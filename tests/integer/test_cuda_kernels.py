@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
 from tcaq.integer.backend import Geometry, InputGrid, Weights
-from tcaq.integer.cuda_triton import LONGEST, MIDDLE, Pixels, TritonConv, TritonLinear, TritonMatrix
+from tcaq.integer.cuda_triton import MIDDLE, Pixels, TritonConv, TritonLinear, TritonMatrix
+from tcaq.integer.trial import LONGEST
 from tcaq.numerics.bytes import byte_codes
 
 from .places import GPU, HERE

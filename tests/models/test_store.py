@@ -92,7 +92,7 @@ class Planted(nn.Module):
 
 
 CALLS, IMAGES = 8, 2
-X, TEXT = MIB // 2, MIB // 8  # float32: 4 MiB of x_t a call, and 1 MiB of text
+X, TEXT = MIB // 4, MIB // 16  # float32: 2 MiB of x_t a call, and half a MiB of text
 
 
 def journey(store: Store, folder: Path) -> list[torch.Tensor]:
@@ -178,17 +178,17 @@ def watched(budget: float, spill: Path | None, folder: Path) -> tuple[int, list[
     not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs the GNU C library, and Linux's account of memory"
 )
 def test_trajectories_of_a_planted_size_stay_within_the_budget(tmp_path):
-    """80 MiB are recorded, saved, loaded, joined, weighed and drawn from, with a budget of 8."""
+    """40 MiB are recorded, saved, loaded, joined, weighed and drawn from, with a budget of 4."""
     planted = 2 * CALLS * IMAGES * (X + TEXT) * 4
     (tmp_path / "spilled").mkdir()
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        spilled, found = process.submit(watched, 8 * MIB, tmp_path / "spilled", tmp_path).result()
+        spilled, found = process.submit(watched, 4 * MIB, tmp_path / "spilled", tmp_path).result()
     assert not list((tmp_path / "spilled").iterdir())
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         held, expected = process.submit(watched, math.inf, None, tmp_path).result()
     assert held > planted  # the watch sees it
     # beside the budget: one call of the pipeline's own, a batch that is drawn, and their temporary copies
-    assert spilled < 8 * MIB + 32 * MIB
+    assert spilled < 4 * MIB + 16 * MIB
     assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
