@@ -34,6 +34,7 @@ int32_t helps(void) {
 #define SHARED 96 /* pixels for which a block is read, and made wide, once */
 #define DEEP 512  /* fours of narrow weights for each output channel, as many of a block as stay in the first cache */
 #define LONGEST 4096 /* numbers in a row of the left one of two matrices, at most */
+#define ALONE 16384  /* numbers that one thread has padded before another has begun */
 
 /* Codes, [images, height, width, channels]. A kernel slides over them by `down` and `right`; the first place of its upper left corner
    is `top` above and `left` beside them, and there are rows by columns places. It has `runs` runs of `run` codes, `beside` of them
@@ -178,7 +179,7 @@ static void pad_wide(const uint8_t *row, int16_t *to, int64_t count, int64_t bes
 
 static void pad(const uint8_t *codes, void *to, int wide, Window window, int32_t zero_point, int32_t threads) {
     int64_t height = window.height + 2 * window.top, beside = window.left * window.channels, count = window.width * window.channels;
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(threads) if (window.images * height * count > ALONE)
     for (int64_t line = 0; line < window.images * height; line++) {
         int64_t y = line % height - window.top, first = line * (count + 2 * beside);
         const uint8_t *row = y < 0 || y >= window.height ? 0 : codes + (line / height * window.height + y) * count;
@@ -211,11 +212,16 @@ static void find_windows(int64_t first, const Window *window, int64_t *from) {
     }
 }
 
-/* Sums of one block of weights for SHARED pixels. */
+/* Where a run of the kernel begins in a window of padded inputs. */
+static int64_t run_start(int64_t run, const Window *window) {
+    int64_t row = run / window->beside, column = run % window->beside;
+    return (row * window->step_down * (window->width + 2 * window->left) + column * window->step_right) * window->channels;
+}
+
+/* Sums of one block of weights for SHARED pixels, part by part: `runs` runs, or `cut` fours of one that is longer. */
 static void multiply_block(const void *inputs, Window window, const Weights *weights, int64_t block, int64_t first, int32_t *sums) {
     int64_t fours = (window.run + 3) / 4, pixels = window.images * window.rows * window.columns;
-    int64_t line = (window.width + 2 * window.left) * window.channels, wide = weights->most == 0, deep = DEEP / (1 + wide);
-    int64_t cut = least(fours, deep), runs = deep / cut;
+    int64_t wide = weights->most == 0, deep = DEEP / (1 + wide), cut = least(fours, deep), runs = deep / cut;
     const int8_t *codes = weights->codes + block * window.runs * fours * 4 * OUT;
     const uint8_t *narrow_pixels[SHARED];
     const int16_t *wide_pixels[SHARED];
@@ -230,10 +236,8 @@ static void multiply_block(const void *inputs, Window window, const Weights *wei
         for (int64_t at = 0; at < fours; at += cut) {
             int64_t starts[DEEP];
             Part part = {starts, least(runs, window.runs - run), least(cut, fours - at)};
-            for (int64_t i = 0; i < part.runs; i++) {
-                int64_t row = (run + i) / window.beside, column = (run + i) % window.beside;
-                starts[i] = row * window.step_down * line + column * window.step_right * window.channels + 4 * at;
-            }
+            for (int64_t i = 0; i < part.runs; i++)
+                starts[i] = run_start(run + i, &window) + 4 * at;
             const int8_t *own = codes + (run * fours + at) * 4 * OUT;
             if (wide) {
                 widen(own, part.runs * part.fours, weights->rest + block * OUT, made);
