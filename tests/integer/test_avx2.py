@@ -15,7 +15,7 @@ import tcaq
 from tcaq.integer.backend import Geometry, InputGrid, Span, Weights
 from tcaq.integer.layer import IntegerConv2d
 from tcaq.integer.lower import BACKENDS
-from tcaq.integer.native import avx2
+from tcaq.integer.native import avx2, avx2_kernels
 from tcaq.integer.native.avx2 import PackedWeights, native_products
 from tcaq.integer.native.avx2_kernels import AVX2, Avx2Conv, Avx2Linear
 from tcaq.integer.native.compiler import CompilerError, compiled
@@ -171,15 +171,18 @@ def test_what_it_cannot_do_has_a_reason() -> None:
 
 
 def test_it_is_taken_where_there_is_no_vnni(tiny_pipeline, quantized_tiny, monkeypatch) -> None:
-    def kernels(helps: bool) -> set[type]:
+    def kernels(vnni: bool | None, helps: bool) -> set[type]:
+        monkeypatch.setattr(avx2_kernels, "has_vnni", lambda: vnni)
         monkeypatch.setattr(native_products(), "helps", helps)
         pipe = quantized_tiny(tiny_pipeline())
         assert tcaq.lower(pipe).missing == ()
         return {type(layer._kernel) for layer in pipe.unet.modules() if isinstance(layer, IntegerConv2d)}
 
     assert BACKENDS["cpu"][:2] == (AVX2, COMPILED)
-    assert kernels(helps=True) == {Avx2Conv}
-    assert kernels(helps=False) == {COMPILED.conv}
+    assert kernels(vnni=False, helps=True) == {Avx2Conv}
+    assert kernels(vnni=None, helps=True) == {Avx2Conv}  # where the system does not say, the compiler does
+    assert kernels(vnni=None, helps=False) == {COMPILED.conv}
+    assert kernels(vnni=True, helps=True) == {COMPILED.conv}
 
 
 def test_what_is_compiled_goes_where_the_model_goes() -> None:

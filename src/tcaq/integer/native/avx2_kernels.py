@@ -21,6 +21,7 @@ from tcaq.integer.native.avx2 import LONGEST, PackedWeights, native_products
 from tcaq.integer.native.compiler import CompilerError
 from tcaq.integer.native.library import native_glue
 from tcaq.integer.trial import too_long, try_conv, try_linear, try_product
+from tcaq.processor import has_vnni
 
 
 def missing() -> str | None:
@@ -35,8 +36,8 @@ def missing() -> str | None:
 
 
 def helps() -> bool:
-    """Whether they are the fastest of this processor."""
-    return missing() is None and native_products().helps
+    """Whether they are the fastest of this processor; asked before anything is compiled for it."""
+    return not has_vnni() and missing() is None and native_products().helps
 
 
 class Avx2Conv:
