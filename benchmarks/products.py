@@ -50,13 +50,12 @@ def layer_of(conv: nn.Conv2d, weights: int, activations: int) -> QuantizedConv2d
         name="layer", kind="conv", weight=AffineGrid(bits=weights), inputs=(AffineGrid(bits=activations),)
     )
     layer = QuantizedConv2d.wrap(conv, grids, StepClock(StepGroups(boundaries=())))
-    quantizer, span = layer.input_quantizer, 2**activations
-    quantizer.set_rows(torch.tensor([6.0 / span]), torch.tensor([span // 2 + quantizer.low]))
-    flat = layer.weight.detach().flatten(1)
-    low, span = flat.amin(1) - 0.1 * flat.std(), 2**weights - 1
-    scale = (flat.amax(1) - low) / span
-    rows = layer.weight_quantizer
-    rows.set_rows(scale, (-low / scale).round() + rows.low, layer.weight.detach())
+    inputs, rows, weight = layer.input_quantizer, layer.weight_quantizer, layer.weight.detach()
+    inputs.set_rows(torch.tensor([6.0 / 2**activations]), torch.tensor([2 ** (activations - 1) + inputs.low]))
+    flat = weight.flatten(1)
+    low = flat.amin(1) - 0.1 * flat.std()  # so that zero points are off the middle
+    scale = (flat.amax(1) - low) / (2**weights - 1)
+    rows.set_rows(scale, (-low / scale).round() + rows.low, weight)
     return layer
 
 
@@ -101,13 +100,8 @@ def main() -> None:
         x = torch.randn(8, channels, size, size).contiguous(memory_format=torch.channels_last)
         operations = 2e-9 * 8 * size**2 * conv.weight.numel()
         seconds = measure(contenders(conv, x))
-        print(
-            json.dumps(
-                {"shape": (channels, out, size, kernel)}
-                | {name: round(operations / own) for name, own in seconds.items()}
-            ),
-            flush=True,
-        )
+        speeds = {name: round(operations / own) for name, own in seconds.items()}
+        print(json.dumps({"shape": (channels, out, size, kernel)} | speeds), flush=True)
 
 
 if __name__ == "__main__":

@@ -34,3 +34,5 @@ PLACES = [
     pytest.param((TRITON, HERE), id="triton" if GPU else "triton, interpreted", marks=WITH_TRITON),
 ]
 EVERYWHERE = pytest.mark.parametrize("place", PLACES)
+THREADS = pytest.mark.parametrize("threads", [1, 2])
+"""For tests that set them, with `threads_after`."""

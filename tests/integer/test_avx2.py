@@ -22,17 +22,9 @@ from tcaq.integer.native.compiler import CompilerError, compiled
 from tcaq.integer.native.kernels import COMPILED
 from tcaq.integer.trial import LONGEST
 
-from .places import WITH_AVX2
+from .places import THREADS, WITH_AVX2
 
 pytestmark = WITH_AVX2
-THREADS = pytest.mark.parametrize("threads", [1, 2])
-
-
-@pytest.fixture
-def threads_after():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def numbers(shape: tuple[int, ...], low: int, high: int, dtype: torch.dtype) -> Tensor:
@@ -206,7 +198,7 @@ def changed(tmp_path: Path, monkeypatch, old: str, new: str) -> None:
 )
 def test_a_library_that_adds_otherwise_is_refused(old: str, new: str, tmp_path: Path, monkeypatch) -> None:
     changed(tmp_path, monkeypatch, old, new)
-    with pytest.raises(CompilerError, match="other sums than PyTorch"):
+    with pytest.raises(CompilerError, match="other numbers than PyTorch"):
         native_products.__wrapped__()
 
 

@@ -25,17 +25,11 @@ from tcaq.integer.native.kernels import COMPILED
 from tcaq.integer.native.library import NativeGlue, native_glue
 from tcaq.integer.normed import NormedSilu
 
+from .places import THREADS
+
 COMPILER = (shlex.split(os.environ.get("CC", "")) or ["cc"])[0]
 WITH_COMPILER = pytest.mark.skipif(shutil.which(COMPILER) is None, reason="there is no C compiler")
 IMAGES = [(2, 24, 9, 7), (1, 3, 1, 1), (3, 130, 20, 16), (1, 512, 4, 4)]
-THREADS = pytest.mark.parametrize("threads", [1, 2])
-
-
-@pytest.fixture
-def threads_after():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def image(*shape: int, spread: float = 3.0) -> Tensor:

@@ -126,13 +126,13 @@ def test_even_groups_of_such_a_product_are_in_integers() -> None:
 def test_sums_that_may_not_fit_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = products("scores", AffineGrid(bits=8), AffineGrid(bits=8))
     integer = lowered(layer, replace(cpu.CPU, product=None))
-    monkeypatch.setattr(product, "MOST_TERMS", 11)
+    monkeypatch.setattr(product, "LONGEST", 11)
     left, right = tokens(3, 10, 12), tokens(3, 7, 12).transpose(-1, -2)
     assert torch.equal(integer(left, right), layer(left, right))
 
 
 def test_most_terms_fit_and_no_more() -> None:
-    assert product.MOST_TERMS * 255**2 < 2**31 <= (product.MOST_TERMS + 1) * 255**2
+    assert product.LONGEST * 255**2 < 2**31 <= (product.LONGEST + 1) * 255**2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tcaq.integer.backend import Backend, Product, SignedEncoder
 from tcaq.integer.steps import by_group, step_rows
+from tcaq.integer.trial import LONGEST
 from tcaq.layers.modes import Mode
 from tcaq.layers.product import OperandQuantizer, QuantizedProduct
 from tcaq.quantizers.affine import AffineQuantizer
@@ -20,8 +21,6 @@ from tcaq.quantizers.mixed import row_widths
 from tcaq.quantizers.probability import ProbabilityQuantizer
 
 MIDDLE = 128
-MOST_TERMS = (2**31 - 1) // 255**2
-"""So many products of codes fit 32 bits, whatever they are, when they are added up."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class IntegerProduct(QuantizedProduct):
         """`left @ right * scale`, in the operands' dtype."""
         rows = step_rows(product_clock(self))
         even = self._uneven.isdisjoint(rows)
-        if self.mode is not Mode.FAKE or left.shape[-1] > MOST_TERMS or not (even or left.dtype == torch.float32):
+        if self.mode is not Mode.FAKE or left.shape[-1] > LONGEST or not (even or left.dtype == torch.float32):
             return super().forward(left, right, scale=scale)
         if even:
             return by_group(rows, lambda *given: self._integer(scale, *given), left, right)
@@ -80,12 +79,7 @@ class IntegerProduct(QuantizedProduct):
         Args: scores: float [batch, heads, tokens, tokens].
         """
         groups, (left, _) = set(step_rows(product_clock(self))), self.operands.values()
-        if (
-            self.mode is not Mode.FAKE
-            or scores.dtype != torch.float32
-            or scores.shape[-1] > MOST_TERMS
-            or len(groups) > 1
-        ):
+        if self.mode is not Mode.FAKE or scores.dtype != torch.float32 or scores.shape[-1] > LONGEST or len(groups) > 1:
             return None
         group = groups.pop()
         if group not in self._uneven:

@@ -33,8 +33,10 @@ int32_t helps(void) {
 #define PIXELS 6  /* multiplied with it at once: twelve vectors of sums, of the sixteen that a processor has */
 #define SHARED 96 /* pixels for which a block is read, and made wide, once */
 #define DEEP 512  /* fours of narrow weights for each output channel, as many of a block as stay in the first cache */
-#define LONGEST 4096 /* numbers in a row of the left one of two matrices, at most */
+#define LONGEST 4096 /* numbers in a row of the left one of two matrices, for which there is room */
 #define ALONE 16384  /* numbers that one thread has padded before another has begun */
+
+int32_t longest(void) { return LONGEST; }
 
 /* Codes, [images, height, width, channels]. A kernel slides over them by `down` and `right`; the first place of its upper left corner
    is `top` above and `left` beside them, and there are rows by columns places. It has `runs` runs of `run` codes, `beside` of them

@@ -1,4 +1,4 @@
-"""The compiled convolution for processors with AVX2 and without VNNI, from tensors to tensors."""
+"""Compiled convolutions and matrix products for processors with AVX2 and without VNNI, from tensors to tensors."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
 from tcaq.integer.backend import Geometry, Weights
-from tcaq.integer.native.compiler import CompilerError, compiled
+from tcaq.integer.native.compiler import CompilerError, trusted
 
 SOURCE = Path(__file__).with_name("avx2.c")
 BLOCK = 16
 """Output channels that are multiplied at once."""
 FOUR = 4
 """Bytes that are."""
-LONGEST = 4096
-"""Numbers that are multiplied and added up at most where both matrices are activations: C has room for no more."""
 
 
 class _Window(ctypes.Structure):
@@ -97,14 +95,18 @@ def _in_fours(runs: Tensor) -> Tensor:
 
 
 class NativeProducts:
-    """Convolutions of codes in compiled C, summed exactly."""
+    """Convolutions and matrix products of codes in compiled C, summed exactly.
+
+    Attributes: helps: whether the compiler knows of no better instructions here; longest: what matrices of activations may have as
+        their inner size.
+    """
 
     def __init__(self, library: Path) -> None:
         """Args: library: what `compiled` made of SOURCE. Raises: CompilerError where the processor has no AVX2."""
         functions = ctypes.CDLL(str(library))
         if not functions.exists():
             raise CompilerError("this processor has no AVX2")
-        self.helps = bool(functions.helps())
+        self.helps, self.longest = bool(functions.helps()), int(functions.longest())
         self._convolve: Any = functions.convolve
         self._convolve.restype = None
         self._convolve.argtypes = (c_void_p, _Window, _Weights, c_float, c_int32, c_void_p, c_void_p, c_int32)
@@ -136,7 +138,7 @@ class NativeProducts:
         return out.permute(0, 3, 1, 2)
 
     def multiply(self, left: Tensor, right: Tensor, row: Tensor | None, column: Tensor | None, scale: float) -> Tensor:
-        """See `backend.Product`; matrices with an inner size of at most LONGEST."""
+        """See `backend.Product`; matrices with an inner size of at most `longest`."""
         count, rows, inner = left.shape
         columns = right.shape[2]
         turned = right.mT.is_contiguous()
@@ -162,17 +164,8 @@ def _space(window: _Window, dtype: torch.dtype) -> Tensor | None:
 
 @cache
 def native_products() -> NativeProducts:
-    """Compiled if it was not before, and tried once.
-
-    Raises: CompilerError where nothing can be compiled, what was compiled cannot be loaded or is not right, or there is no AVX2.
-    """
-    try:
-        products = NativeProducts(compiled(SOURCE))
-    except OSError as error:
-        raise CompilerError(f"what was compiled cannot be loaded: {error}") from error
-    if not _is_right(products):
-        raise CompilerError("what the C compiler made gives other sums than PyTorch")
-    return products
+    """Compiled if it was not before, and tried once. Raises: CompilerError, see `trusted`, or where there is no AVX2."""
+    return trusted(SOURCE, NativeProducts, _is_right)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor
 from tcaq.integer import cpu
 from tcaq.integer.backend import Geometry, InputGrid, Span, Weights
 from tcaq.integer.native import kernels
-from tcaq.integer.native.avx2 import LONGEST, PackedWeights, native_products
+from tcaq.integer.native.avx2 import PackedWeights, native_products
 from tcaq.integer.native.compiler import CompilerError
 from tcaq.integer.native.library import native_glue
 from tcaq.integer.trial import too_long, try_conv, try_linear, try_product
@@ -36,7 +36,7 @@ def missing() -> str | None:
 
 
 def helps() -> bool:
-    """Whether they are the fastest of this processor; asked before anything is compiled for it."""
+    """Whether they are the fastest of this processor; where it says that it has VNNI, nothing is compiled to find out."""
     return not has_vnni() and missing() is None and native_products().helps
 
 
@@ -101,9 +101,10 @@ def linear_problem(shape: tuple[int, ...], span: Span) -> str | None:
 
 def product(left: Tensor, right: Tensor, row: Tensor | None, column: Tensor | None, scale: float) -> Tensor:
     """See `backend.Product`."""
-    if left.shape[2] > LONGEST:
+    products = native_products()
+    if left.shape[2] > products.longest:
         return kernels.product(left, right, row, column, scale)
-    return native_products().multiply(left, right, row, column, scale)
+    return products.multiply(left, right, row, column, scale)
 
 
 @cache

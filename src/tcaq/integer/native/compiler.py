@@ -6,10 +6,13 @@ import os
 import platform
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
+
+T = TypeVar("T")
 
 FLAGS = (
     "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC",
@@ -46,6 +49,21 @@ def compiled(source: Path) -> Path:
                 made.replace(library)
     except OSError as error:
         raise CompilerError(f"what was compiled cannot be kept: {error}") from error
+    return library
+
+
+def trusted(source: Path, read: Callable[[Path], T], is_right: Callable[[T], bool]) -> T:
+    """What is compiled of a C file, after it was tried.
+
+    Args: read: opens a shared library; is_right: whether what it opened computes what PyTorch does.
+    Raises: CompilerError where nothing can be compiled, or what was compiled cannot be loaded or is not right.
+    """
+    try:
+        library = read(compiled(source))
+    except OSError as error:
+        raise CompilerError(f"what was compiled cannot be loaded: {error}") from error
+    if not is_right(library):
+        raise CompilerError("what the C compiler made gives other numbers than PyTorch")
     return library
 
 

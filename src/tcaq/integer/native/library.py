@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tcaq.integer.backend import Geometry, InputGrid, eager_log2, signed_codes
-from tcaq.integer.native.compiler import CompilerError, compiled
+from tcaq.integer.native.compiler import trusted
 from tcaq.integer.normed import NormedSilu
 from tcaq.numerics.log2 import dequantize_log2
 
@@ -189,17 +189,8 @@ def _function(function: Any, *arguments: Any, result: Any = None) -> Any:
 
 @cache
 def native_glue() -> NativeGlue:
-    """Compiled if it was not before, and tried once.
-
-    Raises: CompilerError where nothing can be compiled, or what was compiled cannot be loaded or is not right.
-    """
-    try:
-        glue = NativeGlue(compiled(SOURCE))
-    except OSError as error:
-        raise CompilerError(f"what was compiled cannot be loaded: {error}") from error
-    if not _is_right(glue):
-        raise CompilerError("what the C compiler made gives other numbers than PyTorch")
-    return glue
+    """Compiled if it was not before, and tried once. Raises: CompilerError, see `trusted`."""
+    return trusted(SOURCE, NativeGlue, _is_right)
 
 
 @torch.no_grad()
