@@ -32,6 +32,7 @@ PARTS = {
     "no-tcr": "without TCR",
     "no-daq": "without DAQ",
     "no-par": "without PAR: reconstruction on the float model's trajectories only",
+    "no-stagger": "without staggered step sizes",
     "no-bypass": "without the bypass",
     "no-network": "without the fit of the whole denoiser",
     "no-correction": "without the correction of predicted noise",
@@ -47,6 +48,8 @@ OLDER = {
     "apqdm": (("apqdm",), "that searched for groups with attention on grids that rounded it to zero at 4 and 6 bits"),
 }
 """Cells from before commits were recorded that today's code would not make again."""
+EVEN = ("1f88c7a", "38a13b7", "790d1ae", "c56ceaa", "0ff7423", "23804b8", "31481e9")
+"""Commits at which `tcaq` did not stagger step sizes, and its last fit saw every step by itself."""
 WIDTHS = ("w8a8", "w6a6", "w4a8", "w4a4", "w3a4", "w2a4", "w4a3")
 CHECKPOINTS = {"w8a8": "W8A8", "w8a8-symmetric": "W8A8 with weights around zero", "w4a4": "W4A4"}
 
@@ -134,11 +137,21 @@ def older(done: Mapping[str, Any]) -> list[str]:
         found = [name for name, cell in done.items() if name.rpartition("-")[0] in names and "commit" not in cell]
         if found:
             lines.append(f"- {', '.join(f'`{name}`' for name in found)}: of {text} {why}.")
+    if even := [name for name, cell in done.items() if not staggered(cell)]:
+        lines.append(
+            f"- {', '.join(f'`{name}`' for name in even)}: of tcaq before step sizes of inputs differed from step to step and the "
+            "last fit saw several steps of an image at once ([what that does](lab/seventh-trials.md))."
+        )
     return (
-        ["Cells without `code` are older. Today's recipes would make some of them otherwise:", "", *lines, ""]
+        ["Today's recipes would make some cells otherwise; those without `code` are the oldest:", "", *lines, ""]
         if lines
         else []
     )
+
+
+def staggered(cell: Mapping[str, Any]) -> bool:
+    """Whether a cell is of a recipe that has nothing to do with staggering, or of one that had it."""
+    return "--recipe tcaq" not in cell["command"] or cell.get("commit") not in (*EVEN, None)
 
 
 def reseeded(done: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:

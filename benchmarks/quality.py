@@ -38,10 +38,11 @@ PARTS = {
     "no-bypass": ["--no-bypass"],
     "no-tcr": ["--no-tcr"],
     "no-daq": ["--no-daq"],
+    "no-stagger": ["--no-stagger"],
     "no-par": ["--rounds", "0"],
     "no-network": ["--no-network"],
     "no-correction": ["--no-correction"],
-    "none": ["--no-bypass", "--no-tcr", "--no-daq", "--rounds", "0", "--no-network", "--no-correction"],
+    "none": ["--no-bypass", "--no-stagger", "--no-tcr", "--no-daq", "--rounds", "0", "--no-network", "--no-correction"],
 }
 ABLATED = ("w6a6", "w4a4")
 LONGER = {f"iterations-{count}-w4a4": str(count) for count in (2000, 20000)}

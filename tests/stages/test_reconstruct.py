@@ -14,7 +14,7 @@ from tcaq.spec.recipe import Reconstruction
 from tcaq.stages.cache import ActivationCache
 from tcaq.stages.call import rows_of
 from tcaq.stages.draw import draw_parts
-from tcaq.stages.learn import Fit, annealed
+from tcaq.stages.learn import Fit, Objective, annealed, batch_loss
 from tcaq.stages.reconstruct import (
     Reconstructor,
     apply_unit,
@@ -202,3 +202,39 @@ def test_beta_waits_then_falls():
     assert annealed(20, 100, 0.2) == 20.0
     assert annealed(60, 100, 0.2) == pytest.approx(11.0)
     assert annealed(100, 100, 0.2) == 2.0
+
+
+def test_half_of_the_loss_is_what_stretches_of_steps_come_to(ready):
+    """Against one row after another in float64: every row's own error, and that of the mean over each stretch."""
+    unit = next(u for u in ready.units if u.name == "up_blocks.1.resnets.0")
+    with make(ready, stretch=2, batch=6, inputs=12, drop=0.0, together=0.25) as reconstructor:
+        lessons, how = reconstructor._lessons(unit), reconstructor.how
+        clock, (teaching,) = clock_of(ready.unet), lessons.parts
+        _, initial = measure(unit, lessons, clock, how.spec)
+        number, rows = lessons.draw(how.spec.batch, torch.Generator().manual_seed(5))
+        found = batch_loss(Objective(unit, lessons, clock, initial), number, rows, how.spec, torch.Generator())
+        errors = []
+        for row in rows[:, None]:
+            clock.set(teaching.timesteps[row])
+            with torch.no_grad():
+                (output,) = rows_of(teaching.inputs, row)(unit.module)
+            errors.append((output - teaching.targets[0][row])[0].double())
+    steps = teaching.timesteps[rows].reshape(3, 2)
+    assert (steps.diff(dim=1) < 0).all()  # a stretch goes on along its trajectory
+    divisors = [float(value) for value in initial[0][rows]]
+    own = sum(mean_power(e) / d for e, d in zip(errors, divisors, strict=True)) / 6
+    pairs = zip(errors[::2], errors[1::2], divisors[::2], divisors[1::2], strict=True)
+    common = sum(mean_power((a + b) / 2) / ((c + d) / 2) for a, b, c, d in pairs) / 3
+    assert float(found.detach()) == pytest.approx(0.75 * own + 0.25 * common, rel=1e-4)
+
+
+def mean_power(error):
+    return float(error.square().sum(0).mean())
+
+
+@pytest.mark.parametrize(("stretch", "batch", "length"), [(1, 4, 1), (3, 4, 3), (9, 2, 2), (4, 1, 1)])
+def test_a_stretch_is_no_longer_than_a_batch(ready, stretch, batch, length):
+    with make(ready, stretch=stretch, batch=batch) as reconstructor:
+        lessons = reconstructor._lessons(ready.units[1])
+    assert lessons.stretch == length
+    assert len(lessons.draw(batch, torch.Generator())[1]) == batch // length * length

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tcaq.stages.call import Call
-from tcaq.stages.teaching import Teaching, at_once, by_band
+from tcaq.stages.teaching import Lessons, Teaching, at_once, by_band
 
 
 def slow_bands(error):
@@ -68,3 +68,28 @@ def test_two_outputs_count_alike_and_their_sizes_are_taken_once(monkeypatch):
     for _ in range(2):
         torch.testing.assert_close(teaching.distance(outputs, rows, 2.0)[:, 0].double(), expected)
         monkeypatch.setattr("tcaq.stages.teaching.torch.Tensor.clamp", None)  # what was taken is not taken again
+
+
+def test_a_stretch_counts_with_the_mean_of_its_errors():
+    generator = torch.Generator().manual_seed(3)
+    target, outputs = torch.randn(2, 12, 3, 8, 8, generator=generator)
+    call, rows = Call.of((target,), {}, 12), torch.tensor([3, 4, 5, 9, 10, 11])
+    teaching = Teaching(call, call, [target], torch.arange(12))
+    found = teaching.distance([outputs[rows]], rows, 2.0, in_bands=True, stretch=3)
+    for stretch, row in zip(rows.split(3), found, strict=True):
+        mean = sum((outputs[i].double() - target[i].double()) for i in stretch.tolist()) / 3
+        assert row.tolist() == pytest.approx(slow_bands(mean), rel=1e-5)
+    assert found.shape == (2, 4)
+
+
+def test_whole_stretches_are_drawn_each_as_often_as_another():
+    call = Call.of((torch.zeros(6, 1),), {}, 6)
+    own = torch.tensor([[0, 1, 2], [3, 4, 5], [1, 2, 3]])
+    lessons = Lessons((Teaching(call, call, [torch.zeros(6, 1)], torch.arange(6)),), (own,))
+    generator, drawn = torch.Generator().manual_seed(0), []
+    for _ in range(300):
+        number, rows = lessons.draw(8, generator)  # room for two stretches
+        assert (number, len(rows)) == (0, 6)
+        drawn += rows.reshape(-1, 3).tolist()
+    for stretch in own.tolist():
+        assert drawn.count(stretch) == pytest.approx(200, abs=45)

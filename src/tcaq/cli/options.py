@@ -35,6 +35,7 @@ GroupsOption = Annotated[
 NoTcrOption = Annotated[bool, typer.Option("--no-tcr", help="Leave out the timestep-channel reparameterization.")]
 NoDaqOption = Annotated[bool, typer.Option("--no-daq", help="Even grids for all attention probabilities.")]
 NoNetworkOption = Annotated[bool, typer.Option("--no-network", help="No last fit of the whole denoiser.")]
+NoStaggerOption = Annotated[bool, typer.Option("--no-stagger", help="Step sizes as they were found at each step.")]
 NoBypassOption = Annotated[bool, typer.Option("--no-bypass", help="Outlying pixels of x_t do not go around the model.")]
 NoCorrectionOption = Annotated[bool, typer.Option("--no-correction", help="No correction of predicted noise.")]
 RoundsOption = Annotated[int | None, typer.Option(help="Rounds of progressive alignment; 0: none.", show_default=False)]

@@ -38,6 +38,7 @@ def quantize_command(
     samples: opt.SamplesOption = None,
     step_groups: opt.GroupsOption = None,
     no_bypass: opt.NoBypassOption = False,
+    no_stagger: opt.NoStaggerOption = False,
     no_tcr: opt.NoTcrOption = False,
     no_daq: opt.NoDaqOption = False,
     iterations: opt.IterationsOption = None,
@@ -67,7 +68,8 @@ def quantize_command(
 ) -> None:
     """Quantize MODEL and write a checkpoint that diffusers loads after `import tcaq`."""
     parts = {
-        "bypass": no_bypass, "tcr": no_tcr, "daq": no_daq, "network": no_network, "correction": no_correction
+        "bypass": no_bypass, "tcr": no_tcr, "daq": no_daq, "stagger": no_stagger, "network": no_network,
+        "correction": no_correction,
     }  # fmt: skip
     spec = opt.make_recipe(
         recipe, preset, weights=weights, activations=activations, steps=steps, samples=samples, step_groups=step_groups,

@@ -45,6 +45,7 @@ from tcaq.stages.round import Rounder, apply_codes
 from tcaq.stages.rows import Classes, own_rows, table_rows
 from tcaq.stages.scale import apply_input_scales, apply_weight_scales, scale_inputs, scale_weights
 from tcaq.stages.select import apply_choices, select
+from tcaq.stages.stagger import stagger
 from tcaq.stages.weigh import weigh
 from tcaq.stages.widths import measure_widths
 
@@ -213,6 +214,11 @@ class Job:
         self.run.step(
             "scale/inputs", lambda: scale_inputs(denoiser, ranges, spec, self.classes), self._put_input_scales
         )
+
+    def stagger(self) -> None:
+        """Let step sizes differ from step to step, if the recipe asks for it; nothing is measured, so nothing is recorded."""
+        if self.recipe.stagger is not None:
+            stagger(self.denoiser, self.recipe.stagger)
 
     def _put_input_scales(self, record: Record) -> None:
         apply_input_scales(self.denoiser, record)

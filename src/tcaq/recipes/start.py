@@ -6,7 +6,7 @@ from typing import Any
 
 from tcaq.recipes.job import Collected, Job
 
-START = frozenset({"bypass", "tcr", "daq", "mixed", "gptq"})
+START = frozenset({"bypass", "tcr", "daq", "stagger", "mixed", "gptq"})
 """The parts of a recipe that `start` knows what to do with."""
 BLOCKS = START | {"reconstruction"}
 """The same of a program that reconstructs block by block after it."""
@@ -14,6 +14,7 @@ PLAIN: dict[str, Any] = {
     "bypass": None,
     "tcr": None,
     "daq": None,
+    "stagger": None,
     "alignment": None,
     "network": None,
     "correction": None,
@@ -37,6 +38,7 @@ def start(job: Job) -> Collected:
     job.scale_weights(ranges)
     job.choose_widths(trajectories, ranges)
     job.scale_inputs(ranges)
+    job.stagger()
     job.select(ranges)
     job.round_weights(trajectories)
     return Collected(trajectories, data.images)

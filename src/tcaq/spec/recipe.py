@@ -106,7 +106,13 @@ class Reconstruction(Spec):
     `bias_rate` corrects the biases, in what one code of a layer's input is worth in its output. `balance` "steps" divides the loss
     by the one each step group starts from, "all" by their mean, under which the steps with the largest errors decide alone; "bands"
     divides that of each band of spatial frequencies in each step group, so that fine noise does not hide errors of whole pictures.
+
+    With a `stretch` of more than one, batches are made of as many steps of an image in a row (no more than a batch holds), and the
+    mean of their errors counts too, as `together` of the loss: a sampler adds predictions up, in which errors that steps share
+    remain and others cancel.
     """
+
+    LATER = ("stretch", "together")
 
     iterations: Positive = 1000
     batch: Positive = 32
@@ -121,6 +127,8 @@ class Reconstruction(Spec):
     penalty: Annotated[float, Field(ge=0)] = 1.0
     warmup: Fraction = 0.2
     drop: Fraction = 0.5
+    stretch: Positive = 1
+    together: Fraction = 0.5
 
 
 class NetworkFit(Spec):
@@ -136,6 +144,8 @@ class NetworkFit(Spec):
     weight_rate: Annotated[float, Field(ge=0)] = 0.0
     bias_rate: Annotated[float, Field(ge=0)] = 1e-2
     balance: Balance = "bands"
+    stretch: Positive = 4
+    together: Fraction = 0.5
 
     def reconstruction(self) -> Reconstruction:
         """The same as options of a unit's fit that decides no rounding and mixes no float inputs in: there are none."""
@@ -201,6 +211,17 @@ class Bypass(Spec):
     share: Annotated[float, Field(gt=0, le=0.1)] = 1e-3
 
 
+class Stagger(Spec):
+    """Step sizes of inputs that go up and down from step to step, within `exp(-spread)` and `exp(spread)` of those found (ours).
+
+    What a layer sees changes little between steps; on one grid it would be rounded the same way at each, and a sampler adds up what
+    steps have in common. Operands of more than `bits` bits stay as they are.
+    """
+
+    spread: Annotated[float, Field(gt=0, le=0.5)] = 0.15
+    bits: Bits = 6
+
+
 class Alignment(Spec):
     """Progressively aligned reconstruction: further rounds on trajectories of the quantized model.
 
@@ -234,6 +255,7 @@ class Recipe(Spec):
     ranges: RangeSearch = RangeSearch()
     tcr: Tcr | None = Tcr()
     daq: Daq | None = Daq()
+    stagger: Stagger | None = Stagger()
     mixed: Mixed | None = None
     gptq: Gptq | None = None
     grouping: Grouping | None = None

@@ -21,7 +21,35 @@ def draw_parts(trajectories: Trajectories, count: int, seed: int) -> list[Drawn]
 
     Calls differ in form where guidance's halves have texts of unequal length: those make no common batch.
     """
-    calls, images = _drawn(trajectories, count, seed)
+    return _in_parts(trajectories, *_drawn(trajectories, count, seed))
+
+
+def draw_whole(trajectories: Trajectories, count: int, seed: int) -> list[Drawn]:
+    """Every call of as many images as make no more than `count` inputs, but at least of one; parts as in `draw_parts`."""
+    calls, images = trajectories.samples.shape[:2]
+    chosen = torch.randperm(images, generator=torch.Generator().manual_seed(seed))[: max(1, count // calls)]
+    return _in_parts(trajectories, torch.arange(calls).repeat(len(chosen)), chosen.repeat_interleave(calls))
+
+
+def stretches(part: Drawn, length: int) -> Tensor:
+    """Rows of a part that are `length` steps of one image in a row, int64 [n, length]; the halves of guidance apart.
+
+    The first and the last stretch of a trajectory come `length` times, so that its ends are drawn no less than its middle. A
+    trajectory that is shorter repeats its last step.
+    """
+    steps = part.trajectories.steps
+    turn = torch.arange(len(steps)) - torch.searchsorted(steps, steps)
+    own = torch.stack([part.images, turn[part.calls]], dim=1)
+    found = []
+    for run in own.unique(dim=0):
+        rows = torch.nonzero((own == run).all(dim=1))[:, 0]
+        rows = rows[part.calls[rows].argsort()]
+        starts = torch.arange(1 - length, len(rows)).clamp(0, max(0, len(rows) - length))
+        found.append(rows[(starts[:, None] + torch.arange(length)).clamp(max=len(rows) - 1)])
+    return torch.cat(found)
+
+
+def _in_parts(trajectories: Trajectories, calls: Tensor, images: Tensor) -> list[Drawn]:
     forms = trajectories.conditioning.forms(len(trajectories.timesteps))[calls]
     return [Drawn(trajectories, calls[forms == form], images[forms == form]) for form in forms.unique()]
 

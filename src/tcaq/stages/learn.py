@@ -21,7 +21,7 @@ from tcaq.quantizers.weight import WeightQuantizer
 from tcaq.spec.recipe import Reconstruction
 from tcaq.stages.call import rows_of
 from tcaq.stages.graphs import CudaRecorder, DeviceCosine, RecordedStep
-from tcaq.stages.teaching import Lessons, Teaching
+from tcaq.stages.teaching import Lessons, Teaching, joined
 
 
 @dataclass(frozen=True)
@@ -141,14 +141,20 @@ def only(module: nn.Module, groups: list[dict[str, Any]]) -> Iterator[None]:
 def batch_loss(
     objective: Objective, number: int, rows: Tensor, spec: Reconstruction, masks: torch.Generator
 ) -> Tensor:  # fmt: skip
-    """The error of some rows of a part against what it was; inputs in part from the float stream."""
+    """The error of some rows of a part against what it was, and of stretches of them; inputs in part from the float stream."""
     teaching: Teaching = objective.lessons.parts[number]
     objective.clock.set(teaching.timesteps[rows])
     inputs = rows_of(teaching.inputs, rows).zip(
         rows_of(teaching.float_inputs, rows), lambda q, f: mixed(q, f, spec.drop, masks)
     )
-    error = teaching.distance(inputs(objective.unit.module), rows, spec.power, in_bands=spec.balance == "bands")
-    return (error / objective.initial[number][rows]).mean()
+    outputs, initial = inputs(objective.unit.module), objective.initial[number][rows]
+
+    def relative(stretch: int) -> Tensor:
+        error = teaching.distance(outputs, rows, spec.power, in_bands=spec.balance == "bands", stretch=stretch)
+        return (error / joined(initial, stretch)).mean()
+
+    length = objective.lessons.stretch
+    return relative(1) if length == 1 else torch.lerp(relative(1), relative(length), spec.together)
 
 
 def begin(

@@ -21,6 +21,7 @@ from tcaq.quantizers.clock import StepClock
 from tcaq.records import Record
 from tcaq.spec.recipe import Reconstruction
 from tcaq.stages.call import Call, rows_of
+from tcaq.stages.draw import stretches
 from tcaq.stages.learn import Fit, Objective, learn
 from tcaq.stages.precise import precise
 from tcaq.stages.teaching import Lessons, Teaching
@@ -39,7 +40,8 @@ class Reconstructor(Unitwise):
         """Args: how: of every unit, and the seed of the choice of inputs; memory, spill: see Unitwise."""
         spec = how.spec
         super().__init__(
-            denoiser, units, trajectories, inputs=spec.inputs, batch=spec.batch, seed=how.seed, memory=memory, spill=spill
+            denoiser, units, trajectories, inputs=spec.inputs, batch=spec.batch, seed=how.seed, memory=memory, spill=spill,
+            whole=spec.stretch > 1,
         )  # fmt: skip
         self.how = how
 
@@ -51,7 +53,11 @@ class Reconstructor(Unitwise):
             return fit(unit, lessons, clock_of(self.denoiser), self.how)
 
     def _lessons(self, unit: Unit) -> Lessons:
-        return Lessons(tuple(self._teaching(unit, number) for number in range(len(self.replay.parts))))
+        teachings = tuple(self._teaching(unit, number) for number in range(len(self.replay.parts)))
+        if (length := min(self.how.spec.stretch, self.how.spec.batch)) == 1:
+            return Lessons(teachings)
+        device = device_of(self.denoiser)
+        return Lessons(teachings, tuple(stretches(part, length).to(device) for part in self.replay.parts))
 
     def _teaching(self, unit: Unit, number: int) -> Teaching:
         timesteps = self.replay.parts[number].timestep.to(device_of(self.denoiser))

@@ -29,10 +29,16 @@ class Teaching:
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    def distance(self, outputs: list[Tensor], rows: Tensor, power: float, *, in_bands: bool = False) -> Tensor:
-        """Each sample's error over all outputs, float [rows, 1], or [rows, bands] by spatial frequency."""
+    def distance(
+        self, outputs: list[Tensor], rows: Tensor, power: float, *, in_bands: bool = False, stretch: int = 1
+    ) -> Tensor:
+        """Each sample's error over all outputs, float [rows, 1], or [rows, bands] by spatial frequency.
+
+        Args: stretch: as many rows in a row count as one, with the mean of their errors: float [rows / stretch, ...].
+        """
         apart = by_band if in_bands else at_once
-        parts = [apart(output - target[rows], power) for output, target in zip(outputs, self.targets, strict=True)]
+        errors = [output - target[rows] for output, target in zip(outputs, self.targets, strict=True)]
+        parts = [apart(joined(error, stretch), power) for error in errors]
         if len(parts) == 1:
             return parts[0]
         sizes = self._sizes(power, in_bands=in_bands)
@@ -51,14 +57,22 @@ class Lessons:
     """All that a unit learns from, in parts whose rows make common batches.
 
     There is one part, unless the halves of guidance have texts of unequal length, or arguments that others lack.
+
+    Attributes: stretches: None, or for each part rows that are steps of one image in a row, int64 [n, length].
     """
 
     parts: tuple[Teaching, ...]
+    stretches: tuple[Tensor, ...] | None = None
 
     @property
     def timesteps(self) -> Tensor:
         """Of every row of every part, in order."""
         return torch.cat([part.timesteps for part in self.parts])
+
+    @property
+    def stretch(self) -> int:
+        """How many rows of a batch belong together."""
+        return 1 if self.stretches is None else self.stretches[0].shape[1]
 
     def batches(self, size: int) -> Iterator[tuple[int, Tensor]]:
         """Every row once: the number of its part, and rows there, int64 [at most `size`]."""
@@ -67,9 +81,15 @@ class Lessons:
                 yield number, rows
 
     def draw(self, size: int, generator: torch.Generator) -> tuple[int, Tensor]:
-        """The number of a part, chosen by how many rows it has, and `size` of its rows, with repeats."""
+        """The number of a part, chosen by how many rows it has, and `size` of its rows, with repeats; whole stretches of them, as
+        many as `size` has room for, if there are stretches.
+        """
         number = choose([len(part) for part in self.parts], generator)
         part = self.parts[number]
+        if self.stretches is not None:
+            own = self.stretches[number]
+            drawn = torch.randint(len(own), (size // own.shape[1],), generator=generator)
+            return number, own[drawn.to(own.device)].flatten()
         return number, torch.randint(len(part), (size,), generator=generator).to(part.timesteps.device)
 
 
@@ -78,6 +98,11 @@ def choose(lengths: list[int], generator: torch.Generator) -> int:
     if len(lengths) == 1:
         return 0
     return int(torch.multinomial(torch.tensor(lengths, dtype=torch.float64), 1, generator=generator))
+
+
+def joined(rows: Tensor, stretch: int) -> Tensor:
+    """The mean of each `stretch` rows in a row, [rows / stretch, ...]."""
+    return rows if stretch == 1 else torch.mean(rows.unflatten(0, (-1, stretch)), dim=1)
 
 
 def at_once(error: Tensor, power: float) -> Tensor:

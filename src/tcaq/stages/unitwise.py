@@ -11,7 +11,7 @@ from torch import nn
 from tcaq.models.trajectories import Trajectories
 from tcaq.models.units import Unit
 from tcaq.stages.cache import ActivationCache
-from tcaq.stages.draw import PartsReplay, draw_parts
+from tcaq.stages.draw import PartsReplay, draw_parts, draw_whole
 
 
 class Unitwise:
@@ -22,16 +22,18 @@ class Unitwise:
 
     def __init__(
         self, denoiser: nn.Module, units: list[Unit], trajectories: Trajectories, *,
-        inputs: int, batch: int, seed: int, memory: float, spill: Path | None = None,
+        inputs: int, batch: int, seed: int, memory: float, spill: Path | None = None, whole: bool = False,
     ) -> None:  # fmt: skip
         """Draw `inputs` inputs by `seed`.
 
-        Args: memory: GiB of activations kept in memory; spill: folder for the rest (None: the system's place for such files).
+        Args: memory: GiB of activations kept in memory; spill: folder for the rest (None: the system's place for such files);
+            whole: draw whole trajectories.
         """
         self.denoiser = denoiser
         self.units = {unit.name: unit for unit in units}
         self.cache = ActivationCache(int(memory * 2**30), spill)
-        self.replay = PartsReplay(denoiser, units, draw_parts(trajectories, inputs, seed), batch, self.cache)
+        parts = (draw_whole if whole else draw_parts)(trajectories, inputs, seed)
+        self.replay = PartsReplay(denoiser, units, parts, batch, self.cache)
 
     def __enter__(self) -> Self:
         return self
