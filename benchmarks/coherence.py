@@ -86,6 +86,8 @@ def main() -> None:
     parser.add_argument("--windows", action="store_true")
     add_protocol(parser, num=16, seed=7)
     args = parser.parse_args()
+    if args.steps < 25:
+        parser.error(f"--steps {args.steps}: a fifth of the steps needs 5 for errors 4 steps apart; take at least 25")
     exact = load_pipeline()
     if args.windows:
         start = record(exact, image_seeds(PURPOSE, args.seed, 0, args.num), args.steps)[1].samples[0]

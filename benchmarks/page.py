@@ -119,6 +119,7 @@ def larger(results: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:
         "[how alike both are](#integer-images)). The smallest distances fall with the number of images, that of the float model "
         "as well.",
         "",
+        *older(results["cells"]),
     ]
     for bits in WIDTHS:
         rows = [

@@ -204,7 +204,7 @@ def test_beta_waits_then_falls():
     assert annealed(100, 100, 0.2) == 2.0
 
 
-def test_half_of_the_loss_is_what_stretches_of_steps_come_to(ready):
+def test_a_part_of_the_loss_is_what_stretches_of_steps_come_to(ready):
     """Against one row after another in float64: every row's own error, and that of the mean over each stretch."""
     unit = next(u for u in ready.units if u.name == "up_blocks.1.resnets.0")
     with make(ready, stretch=2, batch=6, inputs=12, drop=0.0, together=0.25) as reconstructor:

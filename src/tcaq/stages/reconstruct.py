@@ -38,10 +38,10 @@ class Reconstructor(Unitwise):
         memory: float, spill: Path | None = None,
     ) -> None:  # fmt: skip
         """Args: how: of every unit, and the seed of the choice of inputs; memory, spill: see Unitwise."""
-        spec = how.spec
+        spec, self.stretch = how.spec, min(how.spec.stretch, how.spec.batch)
         super().__init__(
             denoiser, units, trajectories, inputs=spec.inputs, batch=spec.batch, seed=how.seed, memory=memory, spill=spill,
-            whole=spec.stretch > 1,
+            whole=self.stretch > 1,
         )  # fmt: skip
         self.how = how
 
@@ -54,10 +54,10 @@ class Reconstructor(Unitwise):
 
     def _lessons(self, unit: Unit) -> Lessons:
         teachings = tuple(self._teaching(unit, number) for number in range(len(self.replay.parts)))
-        if (length := min(self.how.spec.stretch, self.how.spec.batch)) == 1:
+        if self.stretch == 1:
             return Lessons(teachings)
         device = device_of(self.denoiser)
-        return Lessons(teachings, tuple(stretches(part, length).to(device) for part in self.replay.parts))
+        return Lessons(teachings, tuple(stretches(part, self.stretch).to(device) for part in self.replay.parts))
 
     def _teaching(self, unit: Unit, number: int) -> Teaching:
         timesteps = self.replay.parts[number].timestep.to(device_of(self.denoiser))
