@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,10 @@ WITH_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is 
 WITH_COMPILER = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 HAS_AVX2 = "AVX" in torch.backends.cpu.get_cpu_capability()
 WITH_AVX2 = pytest.mark.skipif(shutil.which("cc") is None or not HAS_AVX2, reason="there is no C compiler, or no AVX2")
+HAS_AVX512_VNNI = "avx512_vnni" in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else False
+WITH_AVX512_VNNI = pytest.mark.skipif(
+    shutil.which("cc") is None or not HAS_AVX512_VNNI, reason="there is no C compiler, or no AVX-512 VNNI"
+)
 PLACES = [
     pytest.param((CPU, "cpu"), id="cpu"),
     pytest.param((COMPILED, "cpu"), id="cpu, compiled", marks=WITH_COMPILER),
