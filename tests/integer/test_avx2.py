@@ -21,7 +21,7 @@ from tcaq.integer.native.avx2 import PackedWeights, native_products
 from tcaq.integer.native.avx2_kernels import AVX2, Avx2Conv, Avx2Linear
 from tcaq.integer.native.compiler import CompilerError, compiled
 from tcaq.integer.native.kernels import COMPILED
-from tcaq.integer.native.winograd_kernels import WINOGRAD
+from tcaq.integer.native.vnni_kernels import VNNI
 from tcaq.integer.trial import LONGEST
 
 from .places import THREADS, WITH_AVX2
@@ -172,7 +172,7 @@ def test_it_is_taken_where_there_is_no_vnni(tiny_pipeline, quantized_tiny, monke
         assert tcaq.lower(pipe).missing == ()
         return {type(layer._kernel) for layer in pipe.unet.modules() if isinstance(layer, IntegerConv2d)}
 
-    assert BACKENDS["cpu"] == (AVX2, WINOGRAD, COMPILED, CPU)
+    assert BACKENDS["cpu"] == (AVX2, VNNI, COMPILED, CPU)
     monkeypatch.setitem(BACKENDS, "cpu", (AVX2, COMPILED))
     assert kernels(vnni=False, helps=True) == {Avx2Conv}
     assert kernels(vnni=None, helps=True) == {Avx2Conv}  # where the system does not say, the compiler does

@@ -15,7 +15,6 @@ from tcaq.integer import cpu
 from tcaq.integer.backend import Backend
 from tcaq.integer.layer import IntegerLayer
 from tcaq.integer.lower import BACKENDS
-from tcaq.integer.native.avx2 import PackedWeights
 from tcaq.integer.product import IntegerProduct
 from tcaq.layers.insert import quantized_layers
 from tcaq.layers.product import QuantizedProduct
@@ -138,10 +137,10 @@ def test_the_bypass_stays_in_force(make):
 
 
 def tensors_of(kernel) -> list[Tensor]:
-    """All that a kernel holds, what its packed weights hold included."""
-    parts = vars(kernel).values()
-    packed = [more for part in parts if isinstance(part, PackedWeights) for more in vars(part).values()]
-    return [part for part in (*parts, *packed) if isinstance(part, Tensor)]
+    """All that a kernel holds, what its parts hold included."""
+    parts = list(vars(kernel).values())
+    own = [part for part in parts if type(part).__module__.startswith("tcaq.") and hasattr(part, "__dict__")]
+    return [part for part in parts if isinstance(part, Tensor)] + [more for part in own for more in tensors_of(part)]
 
 
 def test_no_copy_of_a_weight_stays_but_the_packed_one(make):

@@ -53,7 +53,7 @@ class NativeGlue:
         """Args: library: what `compiled` made of SOURCE."""
         functions = ctypes.CDLL(str(library))
         pointer, size = c_void_p, c_int64
-        self._repeats = _function(functions.repeats, size, result=size)
+        self._repeats = cache(_function(functions.repeats, size, result=size))
         self._encode = _function(functions.encode, *[pointer] * 3, size, size, _Grid, pointer, c_int32)
         self._encode_normed = _function(
             functions.encode_normed, *[pointer] * 3, *[size] * 3, _Norm, _Grid, pointer, pointer, size, c_int32
@@ -71,8 +71,12 @@ class NativeGlue:
         return native_glue, ()
 
     def takes(self, x: Tensor, axis: int) -> bool:
-        """Whether x is in float32 on the CPU, its channels along `axis` beside each other."""
-        return x.dtype == torch.float32 and x.device.type == "cpu" and x.movedim(axis, -1).is_contiguous()
+        """Whether x is in float32 on the CPU, its channels beside each other.
+
+        Args: axis: of the channels, 1 in [batch, channels, height, width], else -1.
+        """
+        layout = torch.contiguous_format if axis == -1 else torch.channels_last
+        return x.dtype == torch.float32 and x.is_cpu and x.is_contiguous(memory_format=layout)
 
     def encode(self, x: Tensor, grid: InputGrid, axis: int, summed: bool = False) -> tuple[Tensor, Tensor | None]:
         """What `InputGrid.codes` gives, uint8 [...] in x's memory format, and the sums of codes over channels, int32 [...] without
@@ -81,30 +85,30 @@ class NativeGlue:
         if not self.takes(x, axis) or isinstance(grid.scale, Tensor):
             codes = grid.codes(x, axis)
             return codes, codes.sum(axis, dtype=torch.int32) if summed else None
-        rows = x.movedim(axis, -1)
-        codes = torch.empty(rows.shape, dtype=torch.uint8)
-        sums = torch.empty(rows.shape[:-1], dtype=torch.int32) if summed else None
+        codes, sums = torch.empty_like(x, dtype=torch.uint8), None
+        if summed:
+            sums = torch.empty(x.movedim(axis, -1).shape[:-1], dtype=torch.int32)
         # C knows addresses alone: what they belong to is held by a name until the call is over
         equalizer = grid.equalizer.float().contiguous()
         own = _Grid(equalizer.data_ptr(), grid.scale, grid.zero_point, 0, grid.top)
-        given = rows.data_ptr(), codes.data_ptr(), None if sums is None else sums.data_ptr()
+        given = x.data_ptr(), codes.data_ptr(), None if sums is None else sums.data_ptr()
         if grid.before is None:
-            self._plain(given, rows.shape, own)
+            self._plain(given, x.numel() // x.shape[axis], x.shape[axis], own)
         else:
-            self._normed(given, rows.shape, own, grid.before)
-        return codes.movedim(-1, axis), sums
+            self._normed(given, x.shape, own, grid.before)
+        return codes, sums
 
-    def _plain(self, given: tuple[int, int, int | None], shape: torch.Size, grid: _Grid) -> None:
-        pixels, channels = shape[:-1].numel(), shape[-1]
-        space = torch.empty(self._repeats(channels), channels)
+    def _plain(self, given: tuple[int, int, int | None], pixels: int, channels: int, grid: _Grid) -> None:
+        space = torch.empty(self._repeats(channels) * channels)
         self._encode(*given, pixels, channels, grid, space.data_ptr(), torch.get_num_threads())
 
     def _normed(self, given: tuple[int, int, int | None], shape: torch.Size, grid: _Grid, before: NormedSilu) -> None:
-        images, channels = shape[0], shape[-1]
-        pixels = shape[1:-1].numel()
+        """Args: shape: of the input, [images, channels, height, width]."""
+        images, channels, height, width = shape
+        pixels = height * width
         parts = max(1, pixels // PART)
-        moments = torch.empty(images, parts, 2, channels, dtype=torch.float64)
-        space = torch.empty(2 * images + 1, self._repeats(channels), channels)
+        moments = torch.empty(images * parts * 2 * channels, dtype=torch.float64)
+        space = torch.empty((2 * images + 1) * self._repeats(channels) * channels)
         norm = before.norm
         weight, bias = norm.weight.float().contiguous(), norm.bias.float().contiguous()
         added = None if before.added is None else before.added.float().expand(images, channels).contiguous()
@@ -136,7 +140,8 @@ class NativeGlue:
         if not self.takes(rows, -1):
             return signed_codes(x, scale, zero_point, low, high)
         codes = torch.empty(rows.shape, dtype=torch.int8)
-        self._plain((rows.data_ptr(), codes.data_ptr(), None), rows.shape, _Grid(None, scale, zero_point, low, high))
+        given = rows.data_ptr(), codes.data_ptr(), None
+        self._plain(given, *_matrix(rows.shape), _Grid(None, scale, zero_point, low, high))
         return codes.permute([order.index(dim) for dim in range(x.dim())])
 
     def fake_log2(self, p: Tensor, peak: float, bits: int, per_octave: int) -> Tensor:

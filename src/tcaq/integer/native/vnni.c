@@ -1,6 +1,11 @@
-/* Convolutions of 3x3 pixels with narrow numbers on x86 processors with AVX-512 VNNI, by Winograd's F(2x2, 3x3) (Lavin and Gray, CVPR
-   2016): two by two output pixels from four by four of the input by sixteen products where there were 36. With floats it rounds; with
-   these numbers it is exact, for all that is transformed fits a byte:
+/* Products of bytes on x86 processors with AVX-512 VNNI, where a call of oneDNN costs more than small ones of them, or narrow numbers
+   need fewer than it makes.
+
+   Matrices: rows of codes times weights.
+
+   Convolutions of 3x3 pixels with narrow numbers, by Winograd's F(2x2, 3x3) (Lavin and Gray, CVPR 2016): two by two output pixels from
+   four by four of the input by sixteen products where there were 36. With floats it rounds; with these numbers it is exact, for all
+   that is transformed fits a byte:
 
    - weights, transformed by 2G instead of G, are whole numbers and the products four times too large, which a shift undoes. They are
      transformed at every call, for as many tiles at once that it takes no time worth saving: kept, they would need 16 bytes where
@@ -38,6 +43,8 @@ int32_t helps(void) {
 #define OUT 32    /* output channels of a block of weights: two vectors of sums */
 #define TILES 12  /* multiplied with it at once: 24 vectors of sums, of the 32 that a processor has */
 #define BYTES 64  /* in a vector */
+#define ROWS 96   /* of a matrix for which a block of weights is read once: whole TILES */
+#define ALONE 2097152 /* products that one thread has made before another has begun */
 #define NEAR 524288 /* bytes of transformed inputs that a thread makes at once, which stay in its second cache */
 
 /* Codes, [images, height, width, channels], with one pixel around each image. */
@@ -45,11 +52,12 @@ typedef struct {
     int64_t images, height, width, channels;
 } Image;
 
-/* codes: [blocks, KERNEL, fours, OUT, 4], what is no weight 0; sums: of transformed ones over channels, [blocks, PLACES, OUT]; for each
-   output channel what makes floats of sums, [blocks * OUT]. */
+/* codes: [blocks, pixels, fours, OUT, 4] with KERNEL pixels or one, what is no weight 0; sums: of them over channels, [blocks, pixels,
+   OUT], of transformed ones where there are KERNEL; for each output channel, [blocks * OUT]: a number that each code lacks, and what
+   makes floats of sums. */
 typedef struct {
     const int8_t *codes;
-    const int32_t *sums;
+    const int32_t *sums, *rest;
     const float *scale, *bias;
     int64_t out;
 } Weights;
@@ -116,6 +124,39 @@ static __attribute__((noinline)) void multiply(const uint8_t *inputs, int64_t ap
 #undef BEGIN
 #undef MULTIPLY
 #undef END
+}
+
+/* Sums of one row, [OUT], as floats of a block's output channels from `channel` on. sum: of the row's codes less the zero point, of which
+   what the weights lack is worth its multiple. */
+static void write_row(const int32_t *sums, int32_t sum, int64_t channel, const Weights *weights, float scale, float *out) {
+    for (int64_t c = channel; c < channel + OUT && c < weights->out; c += OUT / 2, sums += OUT / 2) {
+        __mmask16 there = (__mmask16)(0xffff >> (OUT / 2 - least(OUT / 2, weights->out - c)));
+        __m512i lacking = _mm512_mullo_epi32(_mm512_loadu_si512(weights->rest + c), _mm512_set1_epi32(sum));
+        __m512 factor = _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_loadu_ps(weights->scale + c));
+        __m512 value = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_loadu_si512(sums), lacking));
+        _mm512_mask_storeu_ps(out + c, there, _mm512_fmadd_ps(value, factor, _mm512_loadu_ps(weights->bias + c)));
+    }
+}
+
+/* codes, [count, channels], whole fours, and at least TILES of them -> out, [count, out]: `scale * weights.scale` times the sums of
+   (code - zero_point) * (weight + rest), plus the bias. sums: of codes less the zero point, [count], or NULL where weights lack nothing. */
+void multiply_rows(const uint8_t *codes, int64_t count, int64_t channels, Weights weights, float scale, int32_t zero_point,
+                   const int32_t *sums, float *out, int32_t threads) {
+    int64_t parts = (count + ROWS - 1) / ROWS, blocks = (weights.out + OUT - 1) / OUT;
+#pragma omp parallel for schedule(static) num_threads(threads) if (count * channels * weights.out > ALONE)
+    for (int64_t item = 0; item < parts * blocks; item++) { /* those that read the same rows follow each other */
+        int64_t block = item % blocks, first = item / blocks * ROWS, last = least(first + ROWS, count);
+        int32_t start[OUT], products[TILES * OUT];
+        for (int c = 0; c < OUT; c++)
+            start[c] = -zero_point * weights.sums[block * OUT + c];
+        for (int64_t row = first; row < last; row += TILES) {
+            int64_t from = least(row, count - TILES); /* some of the last ones twice */
+            multiply(codes + from * channels, channels, weights.codes + block * channels * OUT, channels / 4, start, products);
+            for (int64_t i = row; i < least(row + TILES, last); i++)
+                write_row(products + (i - from) * OUT, sums ? sums[i] : 0, block * OUT, &weights, scale,
+                          out + i * weights.out);
+        }
+    }
 }
 
 /* 2G g for three vectors. */

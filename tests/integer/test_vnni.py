@@ -1,4 +1,4 @@
-"""3x3 convolutions in Winograd's form: sums against float64, at the edges of shapes and of what fits; and who has them."""
+"""Products of ours for AVX-512 VNNI: sums against float64, at the edges of shapes and of what fits; and who has them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 import tcaq
-from tcaq.integer.backend import Geometry, Span, Weights
+from tcaq.integer.backend import Geometry, InputGrid, Span, Weights
 from tcaq.integer.layer import IntegerConv2d
 from tcaq.integer.lower import BACKENDS
-from tcaq.integer.native import winograd
+from tcaq.integer.native import vnni
 from tcaq.integer.native.compiler import CompilerError
 from tcaq.integer.native.kernels import COMPILED
-from tcaq.integer.native.winograd import HIGHEST, LARGEST, WinogradWeights, native_winograd
-from tcaq.integer.native.winograd_kernels import FEWEST, WINOGRAD, WinogradConv
+from tcaq.integer.native.vnni import HIGHEST, LARGEST, PackedWeights, native_vnni
+from tcaq.integer.native.vnni_kernels import FEWEST, VNNI, PixelConv, VnniLinear, WinogradConv
+from tcaq.integer.trial import LONGEST
 
 from .places import THREADS, WITH_AVX512_VNNI
 
@@ -37,8 +38,8 @@ def expected(codes: Tensor, weight: Tensor, zero_point: int) -> Tensor:
 
 
 def summed(codes: Tensor, weight: Tensor, zero_point: int, top: int) -> Tensor:
-    packed = WinogradWeights(Weights(weight, torch.ones(len(weight))))
-    return native_winograd().convolve(codes, packed, 1.0, zero_point, top).double()
+    packed = PackedWeights(Weights(weight, torch.ones(len(weight))))
+    return native_vnni().convolve(codes, packed, 1.0, zero_point, top).double()
 
 
 SHAPES = {
@@ -87,7 +88,7 @@ def test_scales_and_biases_are_each_channels_own() -> None:
     torch.manual_seed(0)
     codes, weight = numbers((2, 9, 7, 6), 0, 15, torch.uint8), numbers((41, 9, 3, 3), -8, 7, torch.int8)
     scale, bias = torch.rand(41) + 0.5, torch.randn(41)
-    found = native_winograd().convolve(codes, WinogradWeights(Weights(weight, scale, bias)), 0.25, 5, 15)
+    found = native_vnni().convolve(codes, PackedWeights(Weights(weight, scale, bias)), 0.25, 5, 15)
     exact = expected(codes, weight, 5) * 0.25 * scale.double().reshape(1, -1, 1, 1) + bias.double().reshape(1, -1, 1, 1)
     torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-5)
 
@@ -107,21 +108,83 @@ def test_images_do_not_meet() -> None:
 
 def test_what_it_cannot_do_has_a_reason() -> None:
     narrow, shape = Span(-8, 8, 15), (32, 32, 3, 3)
-    assert WINOGRAD.conv_problem(shape, SAME, narrow) is None
-    assert WINOGRAD.conv_problem(shape, SAME, Span(-LARGEST, LARGEST, HIGHEST)) is None
+    assert VNNI.conv_problem(shape, SAME, narrow) is None
+    assert VNNI.conv_problem(shape, SAME, Span(-LARGEST, LARGEST, HIGHEST)) is None
     for span in (Span(-LARGEST - 1, 0, 15), Span(0, LARGEST + 1, 15), Span(-8, 8, HIGHEST + 1)):
-        assert "do not fit bytes" in WINOGRAD.conv_problem(shape, SAME, span)
+        assert "do not fit bytes" in VNNI.conv_problem(shape, SAME, span)
     for other in (Geometry(), Geometry((2, 2), (1, 1)), Geometry(padding=(1, 1), groups=2)):
-        assert "keep the size" in WINOGRAD.conv_problem(shape, other, narrow)
-    assert "keep the size" in WINOGRAD.conv_problem((32, 32, 1, 1), SAME, narrow)
+        assert "keep the size" in VNNI.conv_problem(shape, other, narrow)
+    assert "keep the size" in VNNI.conv_problem((32, 32, 1, 1), SAME, narrow)
+    assert VNNI.conv_problem((3, 5, 1, 1), Geometry(), Span(-128, 127, 255)) is None
+    assert "may not fit 32 bits" in VNNI.linear_problem((8, LONGEST + 1), narrow)
     for few in ((FEWEST - 1, 32, 3, 3), (32, FEWEST - 1, 3, 3)):
-        assert "it pays from" in WINOGRAD.conv_problem(few, SAME, narrow)
+        assert "it pays from" in VNNI.conv_problem(few, SAME, narrow)
+
+
+MATRICES = [
+    (1, 1, 1),
+    (8, 13, 33),
+    (12, 64, 32),
+    (13, 67, 5),
+    (96, 128, 64),
+    (97, 130, 70),
+    (500, 1027, 31),
+    (2048, 256, 256),
+]
+
+
+@THREADS
+@pytest.mark.parametrize("lacking", [False, True])
+@pytest.mark.parametrize("shape", MATRICES, ids=str)
+def test_sums_of_matrices_are_exact(shape, lacking: bool, threads: int, threads_after) -> None:
+    torch.set_num_threads(threads)
+    count, channels, out = shape
+    codes, weight = numbers((count, channels), 0, 255, torch.uint8), numbers((out, channels), -128, 127, torch.int8)
+    codes[-1], weight[-1] = 255, -128
+    rest = 7 * torch.arange(out, dtype=torch.int32) - 100 if lacking else None
+    whole = weight.double() + (0 if rest is None else rest.double()[:, None])
+    packed, sums = PackedWeights(Weights(weight, torch.ones(out), rest=rest)), codes.sum(1, dtype=torch.int32)
+    for zero_point in (0, 100, 255):
+        found = native_vnni().multiply(codes, sums if lacking else None, packed, 1.0, zero_point)
+        assert torch.equal(found.double(), ((codes.double() - zero_point) @ whole.T).float().double())
+
+
+@pytest.mark.parametrize("lacking", [False, True])
+@pytest.mark.parametrize("tokens", [2, 9])
+def test_tokens_have_grids_of_their_own(tokens: int, lacking: bool) -> None:
+    torch.manual_seed(0)
+    weight, scale, bias = numbers((20, 13), -128, 127, torch.int8), torch.rand(20) / 100, torch.randn(20)
+    rest = torch.arange(20, dtype=torch.int32) - 9 if lacking else None
+    codes, zero = torch.randint(0, 256, (4, tokens, 13)), torch.randint(0, 256, (4, tokens, 1)).float()
+    steps = torch.rand(4, tokens, 1) + 0.5
+    grid = InputGrid(steps, zero, torch.ones(13), 255)
+    found = VnniLinear(Weights(weight, scale, bias, rest))((codes - zero) * steps, grid, torch.float32)
+    whole = (weight.double() + (0 if rest is None else rest.double()[:, None])) * scale.double()[:, None]
+    exact = ((codes.double() - zero.double()) @ whole.T) * steps.double() + bias.double()
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("lacking", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_convolution_of_single_pixels_is_a_matrix_product(layout: torch.memory_format, lacking: bool) -> None:
+    torch.manual_seed(0)
+    weight, scale, bias = numbers((21, 9, 1, 1), -128, 127, torch.int8), torch.rand(21) / 100, torch.randn(21)
+    rest = torch.arange(21, dtype=torch.int32) - 9 if lacking else None
+    codes, equalizer = numbers((2, 9, 7, 6), 0, 255, torch.uint8), torch.rand(9) + 0.5
+    x = ((codes.float() - 90) * 0.25 * equalizer[:, None, None]).contiguous(memory_format=layout)
+    found = PixelConv(Weights(weight, scale, bias, rest))(x, InputGrid(0.25, 90, equalizer, 255), torch.float32)
+    whole = (weight.double() + (0 if rest is None else rest.double()[:, None, None, None])) * scale.double()[
+        :, None, None, None
+    ]
+    exact = conv2d((codes.double() - 90) * 0.25, whole, bias.double())
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
 def test_layers_of_four_bits_have_it_and_predict_the_same(tiny_pipeline, quantized_tiny, monkeypatch) -> None:
     def lowered(helps: bool) -> UNet2DModel:
-        monkeypatch.setattr(native_winograd(), "helps", helps)
+        monkeypatch.setattr(native_vnni(), "helps", helps)
         pipe = quantized_tiny(tiny_pipeline((8, FEWEST, FEWEST)), activations=4)
         assert tcaq.lower(pipe).missing == ()
         return pipe.unet
@@ -133,9 +196,9 @@ def test_layers_of_four_bits_have_it_and_predict_the_same(tiny_pipeline, quantiz
                 found.setdefault(type(layer._kernel), set()).add((layer.in_channels, layer.out_channels))
         return found
 
-    assert BACKENDS["cpu"].index(WINOGRAD) < BACKENDS["cpu"].index(COMPILED)
+    assert BACKENDS["cpu"].index(VNNI) < BACKENDS["cpu"].index(COMPILED)
     own, others = lowered(helps=True), lowered(helps=False)
-    assert set(kernels(own)) == {WinogradConv, COMPILED.conv}
+    assert set(kernels(own)) == {WinogradConv, PixelConv, COMPILED.conv}
     assert all(min(pair) >= FEWEST for pair in kernels(own)[WinogradConv])
     assert set(kernels(others)) == {COMPILED.conv}
     x, when = torch.randn(2, 1, 16, 16), torch.tensor(500)
@@ -143,31 +206,38 @@ def test_layers_of_four_bits_have_it_and_predict_the_same(tiny_pipeline, quantiz
 
 
 def test_what_is_compiled_goes_where_the_model_goes() -> None:
-    kernel = native_winograd()
+    kernel = native_vnni()
     assert copy.deepcopy(kernel) is kernel
     assert pickle.loads(pickle.dumps(kernel)) is kernel
 
 
 def changed(tmp_path: Path, monkeypatch, old: str, new: str) -> None:
-    source = tmp_path / "winograd.c"
-    text = winograd.SOURCE.read_text()
+    source = tmp_path / "vnni.c"
+    text = vnni.SOURCE.read_text()
     assert old in text
     source.write_text(text.replace(old, new))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(winograd, "SOURCE", source)
+    monkeypatch.setattr(vnni, "SOURCE", source)
 
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("4 * zero_point : 2 * top", "0 : 2 * top"), ("x >= 0 && ", ""), ("done[2 * i + j], 2)", "done[2 * i + j], 1)")],
+    [
+        ("4 * zero_point : 2 * top", "0 : 2 * top"),
+        ("x >= 0 && ", ""),
+        ("done[2 * i + j], 2)", "done[2 * i + j], 1)"),
+        ("_mm512_set1_epi32(sum))", "_mm512_set1_epi32(0))"),
+        ("-zero_point * weights.sums", "0 * weights.sums"),
+        ("least(row, count - TILES)", "0"),
+    ],
 )
 def test_a_library_that_adds_otherwise_is_refused(old: str, new: str, tmp_path: Path, monkeypatch) -> None:
     changed(tmp_path, monkeypatch, old, new)
     with pytest.raises(CompilerError, match="other numbers than PyTorch"):
-        native_winograd.__wrapped__()
+        native_vnni.__wrapped__()
 
 
 def test_a_processor_without_the_instructions_has_none_of_it(tmp_path: Path, monkeypatch) -> None:
     changed(tmp_path, monkeypatch, "#if defined(__AVX512VNNI__)", "#if 0 && defined(__AVX512VNNI__)")
     with pytest.raises(CompilerError, match="has no AVX-512 VNNI"):
-        native_winograd.__wrapped__()
+        native_vnni.__wrapped__()

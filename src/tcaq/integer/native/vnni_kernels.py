@@ -1,0 +1,142 @@
+"""Integer kernels of our own for x86 processors with AVX-512 VNNI.
+
+Matrix products, of which oneDNN makes a small one in more time than it takes to multiply, and 3x3 convolutions of narrow numbers
+with less than half of the products: transformed numbers of four bits still fit bytes, so that Winograd's form is exact. Other
+convolutions are oneDNN's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from tcaq.integer import cpu
+from tcaq.integer.backend import Geometry, InputGrid, Kernel, Span, Weights
+from tcaq.integer.native import kernels
+from tcaq.integer.native.compiler import CompilerError
+from tcaq.integer.native.library import native_glue
+from tcaq.integer.native.vnni import HIGHEST, LARGEST, PackedWeights, native_vnni
+from tcaq.integer.trial import too_long, try_conv, try_linear
+
+FEWEST = 32
+"""Channels on either side of a 3x3 convolution, below which vectors are too empty."""
+
+
+def missing() -> str | None:
+    """Why there are no such products here."""
+    if (problem := kernels.COMPILED.missing()) is not None:
+        return problem
+    try:
+        native_vnni()
+    except CompilerError as error:
+        return str(error)
+    return None
+
+
+def helps() -> bool:
+    """Whether they are the fastest of this processor."""
+    return missing() is None and native_vnni().helps
+
+
+class VnniLinear:
+    """A matrix product of codes with int8 weights and what these lack, summed in int32."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.glue, self.products, self.bias = native_glue(), native_vnni(), weights.bias
+        self.packed = PackedWeights(weights)
+        rest = 0 if weights.rest is None else weights.rest * weights.codes.shape[1]
+        self.sums = (weights.codes.sum(1, dtype=torch.int32) + rest) * weights.scale
+
+    def __call__(self, x: Tensor, grid: InputGrid, dtype: torch.dtype) -> Tensor:
+        """Multiply float [..., in]."""
+        codes, sums = self.glue.encode(x, grid, -1, summed=self.packed.lacking)
+        rows, own = codes.reshape(-1, codes.shape[-1]), None if sums is None else sums.reshape(-1)
+        if isinstance(grid.scale, Tensor):
+            products = cpu.by_token(
+                lambda zero: self.products.multiply(rows, own, self.packed, 1.0, zero, False),
+                grid,
+                self.sums,
+                self.bias,
+            )
+        else:
+            products = self.products.multiply(rows, own, self.packed, grid.scale, cast(int, grid.zero_point))
+        return products.reshape(*codes.shape[:-1], -1).to(dtype)
+
+
+class PixelConv:
+    """A convolution of single pixels: the same, of images that lie channels last."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.glue = native_glue()
+        self.linear = VnniLinear(replace(weights, codes=weights.codes.flatten(1)))
+
+    def fuses(self, x: Tensor) -> bool:
+        """Whether a norm of x is done in one with its codes."""
+        return self.glue.takes(x, 1)
+
+    def __call__(self, x: Tensor, grid: InputGrid, dtype: torch.dtype) -> Tensor:
+        """Convolve float [batch, in, height, width]."""
+        packed = self.linear.packed
+        codes, sums = self.glue.encode(x, grid, 1, summed=packed.lacking)
+        images, channels, height, width = codes.shape
+        rows, own = codes.permute(0, 2, 3, 1).reshape(-1, channels), None if sums is None else sums.reshape(-1)
+        scale, zero_point = cast(float, grid.scale), cast(int, grid.zero_point)
+        products = self.linear.products.multiply(rows, own, packed, scale, zero_point)
+        return products.reshape(images, height, width, -1).permute(0, 3, 1, 2).to(dtype)
+
+
+class WinogradConv:
+    """A 3x3 convolution of codes with weights of about four bits, summed in int32."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.glue, self.products = native_glue(), native_vnni()
+        self.packed = PackedWeights(weights)
+
+    def fuses(self, x: Tensor) -> bool:
+        """Whether a norm of x is done in one with its codes."""
+        return self.glue.takes(x, 1)
+
+    def __call__(self, x: Tensor, grid: InputGrid, dtype: torch.dtype) -> Tensor:
+        """Convolve float [batch, in, height, width]."""
+        codes, _ = self.glue.encode(x, grid, 1)
+        scale, zero_point = cast(float, grid.scale), cast(int, grid.zero_point)
+        return self.products.convolve(codes, self.packed, scale, zero_point, grid.top).to(dtype)
+
+
+def conv(weights: Weights, geometry: Geometry) -> Kernel:
+    """A kernel of ours for what `conv_problem` has nothing against."""
+    return PixelConv(weights) if geometry == Geometry() else WinogradConv(weights)
+
+
+@cache
+def conv_problem(shape: tuple[int, ...], geometry: Geometry, span: Span) -> str | None:
+    """Why a weight of this shape has other kernels, or what a trial of it finds."""
+    return _unsuited(shape, geometry, span) or too_long(shape) or try_conv(conv, shape, geometry, span)
+
+
+def _unsuited(shape: tuple[int, ...], geometry: Geometry, span: Span) -> str | None:
+    if shape[2:] == (1, 1) and geometry == Geometry():
+        return None
+    if shape[2:] != (3, 3) or geometry != Geometry(padding=(1, 1)):
+        return "Winograd's form is for 3x3 convolutions that keep the size of an image"
+    if min(shape[:2]) < FEWEST:
+        return f"it pays from {FEWEST} channels on"
+    if max(-span.low, span.high) > LARGEST or span.top > HIGHEST:
+        return f"transformed weights {span.low} to {span.high} or codes 0 to {span.top} do not fit bytes"
+    return None
+
+
+@cache
+def linear_problem(shape: tuple[int, ...], span: Span) -> str | None:
+    """What a trial of a weight of this shape finds."""
+    return too_long(shape) or try_linear(VnniLinear, shape, span)
+
+
+VNNI = replace(
+    kernels.COMPILED, missing=missing, conv=conv, linear=VnniLinear, conv_problem=conv_problem, linear_problem=linear_problem,
+    helps=helps,
+)  # fmt: skip
