@@ -23,6 +23,7 @@ from tcaq.integer.build import NoKernel, integer_layer
 from tcaq.integer.cpu import CPU
 from tcaq.integer.native.avx2_kernels import AVX2
 from tcaq.integer.native.kernels import COMPILED
+from tcaq.integer.native.vnni_kernels import VNNI
 from tcaq.layers.conv import QuantizedConv2d
 from tcaq.quantizers.clock import StepClock
 from tcaq.spec.grid import AffineGrid
@@ -41,7 +42,7 @@ SHAPES = [
 ]
 """Channels in and out, size of the image, of the kernel."""
 WIDTHS = [(4, 4), (4, 8), (6, 6), (8, 8)]
-BACKENDS = {"oneDNN": CPU, "oneDNN, compiled glue": COMPILED, "AVX2": AVX2}
+BACKENDS = {"oneDNN": CPU, "oneDNN, compiled glue": COMPILED, "AVX2": AVX2, "VNNI": VNNI}
 
 
 def layer_of(conv: nn.Conv2d, weights: int, activations: int) -> QuantizedConv2d:
