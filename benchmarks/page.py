@@ -51,7 +51,7 @@ OLDER = {
 EVEN = ("1f88c7a", "38a13b7", "790d1ae", "c56ceaa", "0ff7423", "23804b8", "31481e9")
 """Commits at which `tcaq` did not stagger step sizes, and its last fit saw every step by itself."""
 WIDTHS = ("w8a8", "w6a6", "w4a8", "w4a6", "w4a4", "w3a4", "w2a4", "w4a3")
-CHECKPOINTS = {"w8a8": "W8A8", "w8a8-symmetric": "W8A8 with weights around zero", "w4a4": "W4A4"}
+CHECKPOINTS = {"w8a8": "W8A8", "w8a8-symmetric": "W8A8 with weights around zero", "w4a6": "W4A6", "w4a4": "W4A4"}
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from quality import tcaq
 from tcaq.records import read_json, write_json
 
 RESULTS = ROOT / "benchmarks" / "results" / "speed.json"
-WIDTHS = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a4": (4, 4)}
+WIDTHS = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a6": (4, 6), "w4a4": (4, 4)}
 BYTE = {"bits": 8}
 SYMMETRIC = {
     "rules": [
@@ -50,6 +50,7 @@ PARTS = {
     "w8a8": ["ours", "brief"],
     "w8a8-symmetric": ["ours", "exports", "others"],
     "w4a8": ["brief"],
+    "w4a6": ["ours"],
     "w4a4": ["ours", "exports", "brief"],
 }
 """What is measured of each checkpoint; other tools make the same of a model whatever our widths are."""

@@ -71,8 +71,8 @@ class PixelConv:
     """A convolution of single pixels: the same, of images that lie channels last."""
 
     def __init__(self, weights: Weights) -> None:
-        self.glue = native_glue()
-        self.linear = VnniLinear(replace(weights, codes=weights.codes.flatten(1)))
+        self.glue, self.products = native_glue(), native_vnni()
+        self.packed = PackedWeights(replace(weights, codes=weights.codes.flatten(1)))
 
     def fuses(self, x: Tensor) -> bool:
         """Whether a norm of x is done in one with its codes."""
@@ -80,12 +80,11 @@ class PixelConv:
 
     def __call__(self, x: Tensor, grid: InputGrid, dtype: torch.dtype) -> Tensor:
         """Convolve float [batch, in, height, width]."""
-        packed = self.linear.packed
-        codes, sums = self.glue.encode(x, grid, 1, summed=packed.lacking)
+        codes, sums = self.glue.encode(x, grid, 1, summed=self.packed.lacking)
         images, channels, height, width = codes.shape
         rows, own = codes.permute(0, 2, 3, 1).reshape(-1, channels), None if sums is None else sums.reshape(-1)
         scale, zero_point = cast(float, grid.scale), cast(int, grid.zero_point)
-        products = self.linear.products.multiply(rows, own, packed, scale, zero_point)
+        products = self.products.multiply(rows, own, self.packed, scale, zero_point)
         return products.reshape(images, height, width, -1).permute(0, 3, 1, 2).to(dtype)
 
 
