@@ -8,20 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 from torch import Tensor
 from torch.nn.functional import conv2d
 
 import tcaq
-from tcaq.integer.backend import Geometry, InputGrid, Span, Weights
+from tcaq.integer.backend import Backend, Geometry, InputGrid, Span, Weights
 from tcaq.integer.cpu import CPU
 from tcaq.integer.layer import IntegerConv2d
 from tcaq.integer.lower import BACKENDS
 from tcaq.integer.native import avx2, avx2_kernels
 from tcaq.integer.native.avx2 import PackedWeights, native_products
-from tcaq.integer.native.avx2_kernels import AVX2, Avx2Conv, Avx2Linear
+from tcaq.integer.native.avx2_kernels import AVX2, AVX2_NARROW, Avx2Conv, Avx2Linear
 from tcaq.integer.native.compiler import CompilerError, compiled
 from tcaq.integer.native.kernels import COMPILED
 from tcaq.integer.native.vnni_kernels import VNNI
+from tcaq.integer.native.winograd import FEWEST, LARGEST, SAME
+from tcaq.integer.native.winograd_kernels import WinogradConv
 from tcaq.integer.trial import LONGEST
 
 from .places import THREADS, WITH_AVX2
@@ -172,12 +175,40 @@ def test_it_is_taken_where_there_is_no_vnni(tiny_pipeline, quantized_tiny, monke
         assert tcaq.lower(pipe).missing == ()
         return {type(layer._kernel) for layer in pipe.unet.modules() if isinstance(layer, IntegerConv2d)}
 
-    assert BACKENDS["cpu"] == (AVX2, VNNI, COMPILED, CPU)
+    assert BACKENDS["cpu"] == (AVX2_NARROW, AVX2, VNNI, COMPILED, CPU)
     monkeypatch.setitem(BACKENDS, "cpu", (AVX2, COMPILED))
     assert kernels(vnni=False, helps=True) == {Avx2Conv}
     assert kernels(vnni=None, helps=True) == {Avx2Conv}  # where the system does not say, the compiler does
     assert kernels(vnni=None, helps=False) == {COMPILED.conv}
     assert kernels(vnni=True, helps=True) == {COMPILED.conv}
+
+
+@torch.no_grad()
+def test_four_bits_have_winograds_form_there_and_predict_the_same(tiny_pipeline, quantized_tiny, monkeypatch) -> None:
+    def lowered(*backends: Backend) -> UNet2DModel:
+        monkeypatch.setitem(BACKENDS, "cpu", backends)
+        pipe = quantized_tiny(tiny_pipeline((8, FEWEST, FEWEST)), activations=4)
+        tcaq.lower(pipe)
+        return pipe.unet
+
+    def kernels(unet: UNet2DModel) -> set[type]:
+        return {type(layer._kernel) for layer in unet.modules() if isinstance(layer, IntegerConv2d)}
+
+    monkeypatch.setattr(avx2_kernels, "has_vnni", lambda: False)
+    monkeypatch.setattr(native_products(), "helps", True)
+    own, others = lowered(AVX2_NARROW, AVX2, COMPILED), lowered(COMPILED)
+    assert kernels(own) == {WinogradConv, Avx2Conv}
+    assert kernels(others) == {COMPILED.conv}
+    x, when = torch.randn(2, 1, 16, 16), torch.tensor(500)
+    torch.testing.assert_close(own(x, when).sample, others(x, when).sample, rtol=1e-5, atol=1e-5)
+
+
+def test_what_does_not_fit_16_bits_twice_is_convolved_as_it_is() -> None:
+    shape = (32, 32, 3, 3)
+    assert AVX2_NARROW.conv_problem(shape, SAME, Span(-8, 8, 15)) is None
+    assert AVX2_NARROW.conv_problem(shape, SAME, Span(-LARGEST, LARGEST, 15)) is None
+    assert "do not fit 16 bits twice" in AVX2_NARROW.conv_problem(shape, SAME, Span(-8, 8, 63))
+    assert "keep the size" in AVX2_NARROW.conv_problem((32, 32, 1, 1), SAME, Span(-8, 8, 15))
 
 
 def test_what_is_compiled_goes_where_the_model_goes() -> None:
@@ -188,6 +219,7 @@ def test_what_is_compiled_goes_where_the_model_goes() -> None:
 
 def changed(tmp_path: Path, monkeypatch, old: str, new: str) -> None:
     source = tmp_path / "avx2.c"
+    (tmp_path / "winograd.h").write_text(avx2.SOURCE.with_name("winograd.h").read_text())
     text = avx2.SOURCE.read_text()
     assert old in text
     source.write_text(text.replace(old, new))

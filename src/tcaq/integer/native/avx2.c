@@ -6,7 +6,9 @@
    - for wide numbers, madd multiplies numbers of 16 bits and adds two products in 32.
 
    Inputs lie channels last: what a row of the kernel covers of an image is a run of numbers beside each other, `width * channels` of
-   them, taken in fours; where the kernel's pixels are apart, what each of them covers is. A matrix product is a convolution of 1 by 1. */
+   them, taken in fours; where the kernel's pixels are apart, what each of them covers is. A matrix product is a convolution of 1 by 1.
+
+   Numbers of four bits have convolutions of 3x3 in Winograd's form, too. */
 
 #include <stdint.h>
 #include <string.h>
@@ -29,12 +31,15 @@ int32_t helps(void) {
 #if defined(__AVX2__)
 #include <immintrin.h>
 
+#define BYTES 32  /* in a vector */
 #define OUT 16    /* output channels of a block of weights: two vectors of sums */
 #define PIXELS 6  /* multiplied with it at once: twelve vectors of sums, of the sixteen that a processor has */
+#define TILES 12  /* whole PIXELS */
 #define SHARED 96 /* pixels for which a block is read, and made wide, once */
 #define DEEP 512  /* fours of narrow weights for each output channel, as many of a block as stay in the first cache */
 #define LONGEST 4096 /* numbers in a row of the left one of two matrices, for which there is room */
 #define ALONE 16384  /* numbers that one thread has padded before another has begun */
+#include "winograd.h"
 
 int32_t longest(void) { return LONGEST; }
 
@@ -118,6 +123,20 @@ static __attribute__((noinline)) void multiply_narrow(const uint8_t *const *pixe
 #undef MULTIPLY
 }
 
+static void multiply_tiles(const uint8_t *inputs, int64_t apart, const int8_t *weights, int64_t count, const int32_t *start, int64_t most,
+                           int32_t *sums) {
+    static const int64_t begin = 0;
+    Part part = {&begin, 1, count};
+    for (int64_t tile = 0; tile < TILES; tile += PIXELS) {
+        const uint8_t *pixels[PIXELS];
+        for (int64_t i = 0; i < PIXELS; i++) {
+            pixels[i] = inputs + (tile + i) * apart;
+            memcpy(sums + (tile + i) * OUT, start, OUT * sizeof *start);
+        }
+        multiply_narrow(pixels, weights, part, most, sums + tile * OUT);
+    }
+}
+
 /* The same of numbers of 16 bits; weights: in halves of fours, [2 * fours, OUT, 2]. */
 static __attribute__((noinline)) void multiply_wide(const int16_t *const *pixels, const int16_t *weights, Part part, int32_t *sums) {
 #define POINT(i) const int16_t *x##i = pixels[i] + part.starts[run];
@@ -191,8 +210,6 @@ static void pad(const uint8_t *codes, void *to, int wide, Window window, int32_t
             pad_narrow(row, (uint8_t *)to + first, count, beside, zero_point);
     }
 }
-
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Where the windows of SHARED output pixels begin among padded inputs; those behind the last are the last again. */
 static void find_windows(int64_t first, const Window *window, int64_t *from) {

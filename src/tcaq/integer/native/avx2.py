@@ -14,12 +14,13 @@ from torch.nn.functional import conv2d, pad
 
 from tcaq.integer.backend import Geometry, Weights
 from tcaq.integer.native.compiler import CompilerError, trusted
+from tcaq.integer.native.winograd import FOUR, NativeWinograd
 
 SOURCE = Path(__file__).with_name("avx2.c")
 BLOCK = 16
 """Output channels that are multiplied at once."""
-FOUR = 4
-"""Bytes that are."""
+NARROW = 15
+"""The largest code whose transformed sums fit 16 bits twice, whatever the weights of Winograd's form are."""
 
 
 class _Window(ctypes.Structure):
@@ -98,7 +99,7 @@ class NativeProducts:
     """Convolutions and matrix products of codes in compiled C, summed exactly.
 
     Attributes: helps: whether the compiler knows of no better instructions here; longest: what matrices of activations may have as
-        their inner size.
+        their inner size; winograd: 3x3 convolutions of narrow numbers.
     """
 
     def __init__(self, library: Path) -> None:
@@ -107,6 +108,7 @@ class NativeProducts:
         if not functions.exists():
             raise CompilerError("this processor has no AVX2")
         self.helps, self.longest = bool(functions.helps()), int(functions.longest())
+        self.winograd = NativeWinograd(functions)
         self._convolve: Any = functions.convolve
         self._convolve.restype = None
         self._convolve.argtypes = (c_void_p, _Window, _Weights, c_float, c_int32, c_void_p, c_void_p, c_int32)
@@ -182,4 +184,4 @@ def _is_right(products: NativeProducts) -> bool:
         found = products.convolve(codes, packed, 1.0, 3, 255)
         if not torch.equal(found.double(), conv2d(codes.double() - 3, whole, padding=1)):
             return False
-    return True
+    return products.winograd.is_right(BLOCK, NARROW)

@@ -17,9 +17,11 @@ from torch import Tensor
 from tcaq.integer import cpu
 from tcaq.integer.backend import Geometry, InputGrid, Span, Weights
 from tcaq.integer.native import kernels
-from tcaq.integer.native.avx2 import PackedWeights, native_products
+from tcaq.integer.native.avx2 import BLOCK, PackedWeights, native_products
 from tcaq.integer.native.compiler import CompilerError
 from tcaq.integer.native.library import native_glue
+from tcaq.integer.native.winograd import KERNEL, pairs, unsuited
+from tcaq.integer.native.winograd_kernels import WinogradConv
 from tcaq.integer.trial import too_long, try_conv, try_linear, try_product
 from tcaq.processor import has_vnni
 
@@ -117,3 +119,23 @@ AVX2 = replace(
     kernels.COMPILED, missing=missing, conv=Avx2Conv, linear=Avx2Linear, conv_problem=conv_problem, linear_problem=linear_problem,
     product=product, product_problem=product_problem, helps=helps,
 )  # fmt: skip
+
+
+def narrow_conv(weights: Weights, geometry: Geometry) -> WinogradConv:
+    """A convolution in Winograd's form. Args: geometry: that `narrow_problem` has nothing against."""
+    return WinogradConv(weights, native_products(), BLOCK)
+
+
+@cache
+def narrow_problem(shape: tuple[int, ...], geometry: Geometry, span: Span) -> str | None:
+    """Why a weight of this shape is better convolved as it is, or what a trial of it finds."""
+    if problem := unsuited(shape, geometry, span) or too_long(shape):
+        return problem
+    largest = KERNEL * max(-span.low, span.high)
+    if pairs(largest, span.top) < 2:
+        return f"transformed weights {span.low} to {span.high} and codes 0 to {span.top} do not fit 16 bits twice"
+    return try_conv(narrow_conv, shape, geometry, span)
+
+
+AVX2_NARROW = replace(AVX2, conv=narrow_conv, conv_problem=narrow_problem)
+"""The same, but for 3x3 convolutions of four bits, which need less than half of the products in Winograd's form."""

@@ -28,7 +28,7 @@ class CompilerError(Exception):
 
 
 def compiled(source: Path) -> Path:
-    """A shared library of a C file, made if this compiler never made it for this processor.
+    """A shared library of a C file, made if this compiler never made it, with the headers beside it, for this processor.
 
     The compiler is that of the environment variable CC, else `cc`.
     Raises: CompilerError.
@@ -37,7 +37,8 @@ def compiled(source: Path) -> Path:
     flags = [*FLAGS, *(WIDE if platform.machine().lower() in {"x86_64", "amd64"} else ())]
     # all that the compiler defines by itself: its version, and every instruction set of the processor
     target = _output([*compiler, *flags, "-dM", "-E", "-x", "c", os.devnull])
-    key = sha256(b"\0".join([target, *map(str.encode, flags), source.read_bytes()])).hexdigest()[:16]
+    files = [source, *sorted(source.parent.glob("*.h"))]
+    key = sha256(b"\0".join([target, *map(str.encode, flags), *(file.read_bytes() for file in files)])).hexdigest()[:16]
     try:
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)

@@ -19,11 +19,10 @@ from tcaq.integer.backend import Geometry, InputGrid, Kernel, Span, Weights
 from tcaq.integer.native import kernels
 from tcaq.integer.native.compiler import CompilerError
 from tcaq.integer.native.library import native_glue
-from tcaq.integer.native.vnni import HIGHEST, LARGEST, PackedWeights, native_vnni
+from tcaq.integer.native.vnni import BLOCK, PackedWeights, native_vnni
+from tcaq.integer.native.winograd import unsuited
+from tcaq.integer.native.winograd_kernels import WinogradConv
 from tcaq.integer.trial import too_long, try_conv, try_linear
-
-FEWEST = 32
-"""Channels on either side of a 3x3 convolution, below which vectors are too empty."""
 
 
 def missing() -> str | None:
@@ -88,45 +87,17 @@ class PixelConv:
         return products.reshape(images, height, width, -1).permute(0, 3, 1, 2).to(dtype)
 
 
-class WinogradConv:
-    """A 3x3 convolution of codes with weights of about four bits, summed in int32."""
-
-    def __init__(self, weights: Weights) -> None:
-        self.glue, self.products = native_glue(), native_vnni()
-        self.packed = PackedWeights(weights)
-
-    def fuses(self, x: Tensor) -> bool:
-        """Whether a norm of x is done in one with its codes."""
-        return self.glue.takes(x, 1)
-
-    def __call__(self, x: Tensor, grid: InputGrid, dtype: torch.dtype) -> Tensor:
-        """Convolve float [batch, in, height, width]."""
-        codes, _ = self.glue.encode(x, grid, 1)
-        scale, zero_point = cast(float, grid.scale), cast(int, grid.zero_point)
-        return self.products.convolve(codes, self.packed, scale, zero_point, grid.top).to(dtype)
-
-
 def conv(weights: Weights, geometry: Geometry) -> Kernel:
     """A kernel of ours for what `conv_problem` has nothing against."""
-    return PixelConv(weights) if geometry == Geometry() else WinogradConv(weights)
+    return PixelConv(weights) if geometry == Geometry() else WinogradConv(weights, native_vnni(), BLOCK)
 
 
 @cache
 def conv_problem(shape: tuple[int, ...], geometry: Geometry, span: Span) -> str | None:
     """Why a weight of this shape has other kernels, or what a trial of it finds."""
-    return _unsuited(shape, geometry, span) or too_long(shape) or try_conv(conv, shape, geometry, span)
-
-
-def _unsuited(shape: tuple[int, ...], geometry: Geometry, span: Span) -> str | None:
-    if shape[2:] == (1, 1) and geometry == Geometry():
-        return None
-    if shape[2:] != (3, 3) or geometry != Geometry(padding=(1, 1)):
-        return "Winograd's form is for 3x3 convolutions that keep the size of an image"
-    if min(shape[:2]) < FEWEST:
-        return f"it pays from {FEWEST} channels on"
-    if max(-span.low, span.high) > LARGEST or span.top > HIGHEST:
-        return f"transformed weights {span.low} to {span.high} or codes 0 to {span.top} do not fit bytes"
-    return None
+    pixels = shape[2:] == (1, 1) and geometry == Geometry()
+    problem = too_long(shape) if pixels else unsuited(shape, geometry, span) or too_long(shape)
+    return problem or try_conv(conv, shape, geometry, span)
 
 
 @cache
