@@ -4,6 +4,8 @@
     python benchmarks/speed.py --only memory    one stage of it; the others stay as they were measured
     python benchmarks/speed.py --only table --parts exports --output NEW
                                                 one part of the tables; a folder that is kept holds the exports of an earlier run
+    OMP_NUM_THREADS=1 python benchmarks/speed.py --models cifar10 --only table --parts ours --widths w4a4 w8a8-symmetric
+            --results docs/lab/speed-one-thread.json    one core
     python benchmarks/speed.py --only table --parts brief --results docs/lab/speed-no-vnni.json
                                                 what a processor without VNNI is asked
 
@@ -117,11 +119,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "speed")
     parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--models", nargs="+", choices=("cifar10", "reference"), default=("cifar10", "reference"))
+    parser.add_argument("--widths", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--parts", nargs="+", choices=list(TABLE), default=ASKED, help="of the tables")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     results = read_json(args.results) if args.results.exists() else {}
-    widths = [width for width, parts in PARTS.items() if set(parts) & set(args.parts)]
+    widths = [width for width in args.widths if set(PARTS[width]) & set(args.parts)]
     for name, (model, checkpoints) in prepare(args.output, widths).items():
         for width, checkpoint in checkpoints.items() if name in args.models else ():
             for stage in args.only:

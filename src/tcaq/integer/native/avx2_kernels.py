@@ -18,8 +18,8 @@ from tcaq.integer import cpu
 from tcaq.integer.backend import Geometry, InputGrid, Span, Weights
 from tcaq.integer.native import kernels
 from tcaq.integer.native.avx2 import BLOCK, PackedWeights, native_products
-from tcaq.integer.native.compiler import CompilerError
-from tcaq.integer.native.library import native_glue
+from tcaq.integer.native.compiler import absent
+from tcaq.integer.native.library import FusesNorm, native_glue
 from tcaq.integer.native.winograd import KERNEL, pairs, unsuited
 from tcaq.integer.native.winograd_kernels import WinogradConv
 from tcaq.integer.trial import too_long, try_conv, try_linear, try_product
@@ -28,13 +28,7 @@ from tcaq.processor import has_vnni
 
 def missing() -> str | None:
     """Why there are no such products here."""
-    if (problem := kernels.COMPILED.missing()) is not None:
-        return problem
-    try:
-        native_products()
-    except CompilerError as error:
-        return str(error)
-    return None
+    return kernels.missing() or absent(native_products)
 
 
 def helps() -> bool:
@@ -42,16 +36,12 @@ def helps() -> bool:
     return not has_vnni() and missing() is None and native_products().helps
 
 
-class Avx2Conv:
+class Avx2Conv(FusesNorm):
     """A convolution of codes with int8 weights and what these lack, summed in int32."""
 
     def __init__(self, weights: Weights, geometry: Geometry) -> None:
         self.glue, self.products = native_glue(), native_products()
         self.packed = PackedWeights(weights, geometry)
-
-    def fuses(self, x: Tensor) -> bool:
-        """Whether a norm of x is done in one with its codes."""
-        return self.glue.takes(x, 1)
 
     def __call__(self, x: Tensor, grid: InputGrid, dtype: torch.dtype) -> Tensor:
         """Convolve float [batch, in, height, width]."""

@@ -68,6 +68,15 @@ def trusted(source: Path, read: Callable[[Path], T], is_right: Callable[[T], boo
     return library
 
 
+def absent(library: Callable[[], object]) -> str | None:
+    """Why there is no compiled library here; None if there is. Args: library: opens it, or raises CompilerError."""
+    try:
+        library()
+    except CompilerError as error:
+        return str(error)
+    return None
+
+
 def cache_folder() -> Path:
     """Where this user's programs keep what they can make again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tcaq"

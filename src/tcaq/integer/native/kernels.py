@@ -10,23 +10,17 @@ from torch import Tensor
 
 from tcaq.integer import cpu
 from tcaq.integer.backend import Backend, Geometry, InputGrid, Span, Weights
-from tcaq.integer.native.compiler import CompilerError
-from tcaq.integer.native.library import native_glue
+from tcaq.integer.native.compiler import absent
+from tcaq.integer.native.library import FusesNorm, native_glue
 from tcaq.integer.trial import try_conv, try_linear, try_product
 
 
 def missing() -> str | None:
     """Why there are no integer products here at all, or nothing that is compiled around them; else None."""
-    if (problem := cpu.missing()) is not None:
-        return problem
-    try:
-        native_glue()
-    except CompilerError as error:
-        return str(error)
-    return None
+    return cpu.missing() or absent(native_glue)
 
 
-class CompiledConv(cpu.CpuConv):
+class CompiledConv(FusesNorm, cpu.CpuConv):
     """A CpuConv that makes its codes in one pass, after a norm if it is asked to, and adds what its weight's bytes lack."""
 
     def __init__(self, weights: Weights, geometry: Geometry) -> None:
@@ -34,10 +28,6 @@ class CompiledConv(cpu.CpuConv):
         self.glue = native_glue()
         self.rest = None if weights.rest is None else weights.rest * weights.scale
         self.kernel = weights.codes.shape[2:]
-
-    def fuses(self, x: Tensor) -> bool:
-        """Whether a norm of x is done in one with its codes."""
-        return self.glue.takes(x, 1)
 
     def __call__(self, x: Tensor, grid: InputGrid, dtype: torch.dtype) -> Tensor:
         """Convolve float [batch, in, height, width]."""

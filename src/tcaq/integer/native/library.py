@@ -178,6 +178,19 @@ class NativeGlue:
         self._scale_sums(sums.data_ptr(), *more, out.data_ptr(), *sums.shape, scale, torch.get_num_threads())
 
 
+class FusesNorm:
+    """A convolution that encodes its inputs by compiled C, and what comes before them with it.
+
+    Attributes: glue: the compiled functions.
+    """
+
+    glue: NativeGlue
+
+    def fuses(self, x: Tensor) -> bool:
+        """Whether a norm of x is done in one with its codes."""
+        return self.glue.takes(x, 1)
+
+
 def log2_values(peak: float, bits: int, per_octave: int) -> Tensor:
     """What each code of a log2 grid stands for, float32 [2^bits]."""
     return dequantize_log2(torch.arange(2.0**bits), torch.tensor(peak), bits, per_octave)

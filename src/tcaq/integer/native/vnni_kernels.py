@@ -17,8 +17,8 @@ from torch import Tensor
 from tcaq.integer import cpu
 from tcaq.integer.backend import Geometry, InputGrid, Kernel, Span, Weights
 from tcaq.integer.native import kernels
-from tcaq.integer.native.compiler import CompilerError
-from tcaq.integer.native.library import native_glue
+from tcaq.integer.native.compiler import absent
+from tcaq.integer.native.library import FusesNorm, native_glue
 from tcaq.integer.native.vnni import BLOCK, PackedWeights, native_vnni
 from tcaq.integer.native.winograd import unsuited
 from tcaq.integer.native.winograd_kernels import WinogradConv
@@ -27,13 +27,7 @@ from tcaq.integer.trial import too_long, try_conv, try_linear
 
 def missing() -> str | None:
     """Why there are no such products here."""
-    if (problem := kernels.COMPILED.missing()) is not None:
-        return problem
-    try:
-        native_vnni()
-    except CompilerError as error:
-        return str(error)
-    return None
+    return kernels.missing() or absent(native_vnni)
 
 
 def helps() -> bool:
@@ -66,16 +60,12 @@ class VnniLinear:
         return products.reshape(*codes.shape[:-1], -1).to(dtype)
 
 
-class PixelConv:
+class PixelConv(FusesNorm):
     """A convolution of single pixels: the same, of images that lie channels last."""
 
     def __init__(self, weights: Weights) -> None:
         self.glue, self.products = native_glue(), native_vnni()
         self.packed = PackedWeights(replace(weights, codes=weights.codes.flatten(1)))
-
-    def fuses(self, x: Tensor) -> bool:
-        """Whether a norm of x is done in one with its codes."""
-        return self.glue.takes(x, 1)
 
     def __call__(self, x: Tensor, grid: InputGrid, dtype: torch.dtype) -> Tensor:
         """Convolve float [batch, in, height, width]."""

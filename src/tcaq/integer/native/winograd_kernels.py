@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tcaq.integer.backend import InputGrid, Weights
-from tcaq.integer.native.library import native_glue
+from tcaq.integer.native.library import FusesNorm, native_glue
 from tcaq.integer.native.winograd import NativeWinograd, WinogradWeights
 
 
@@ -18,17 +18,13 @@ class Products(Protocol):
     winograd: NativeWinograd
 
 
-class WinogradConv:
+class WinogradConv(FusesNorm):
     """A 3x3 convolution of codes with weights of about four bits, summed in int32."""
 
     def __init__(self, weights: Weights, products: Products, block: int) -> None:
         """Args: weights: that `winograd.unsuited` has nothing against; block: output channels that `products` takes at once."""
         self.glue, self.products = native_glue(), products
         self.packed = WinogradWeights(weights, block)
-
-    def fuses(self, x: Tensor) -> bool:
-        """Whether a norm of x is done in one with its codes."""
-        return self.glue.takes(x, 1)
 
     def __call__(self, x: Tensor, grid: InputGrid, dtype: torch.dtype) -> Tensor:
         """Convolve float [batch, in, height, width]."""
