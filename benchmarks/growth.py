@@ -19,8 +19,9 @@ def ratios(growth: Mapping[str, Any]) -> dict[str, dict[str, dict[int, float]]]:
     """How many times as fast as fp32: by `batch` or `size`, contender, and number."""
     by_batch = {int(n): _seconds(growth["batch"], n) for n in growth["batch"]["rows"][0]["seconds"]}
     by_size = {int(n): _seconds(found, "1") for n, found in growth["size"].items()}
+    names = [name for name in LABELS if all(name in of for of in by_batch.values())]
     return {
-        axis: {name: {n: of["fp32"] / of[name] for n, of in sorted(found.items())} for name in LABELS}
+        axis: {name: {n: of["fp32"] / of[name] for n, of in sorted(found.items())} for name in names}
         for axis, found in (("batch", by_batch), ("size", by_size))
     }
 
@@ -31,7 +32,7 @@ def _seconds(found: Mapping[str, Any], batch: str) -> dict[str, float]:
 
 def draw(results: Mapping[str, Any], width: str, path: Path) -> None:
     """A row for each model: speed over batch, and over height and width."""
-    models = [name for name in TITLES if "growth" in results.get(name, {}).get(width, {})]
+    models = [name for name in TITLES if name in results]
     figure = Figure(figsize=(9, 3.2 * len(models)), layout="constrained")
     FigureCanvasAgg(figure)
     rows = figure.subplots(len(models), 2, squeeze=False, sharey=True)

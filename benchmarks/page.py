@@ -4,8 +4,8 @@
 
 `quality.py` makes the tables of image quality (`larger`: those of more images) and `spread.py` their standard errors, `make bench`
 has the commands behind the second model's (`second`, `parts`, `parts-spread`), `presets.py` makes the table of costs, `speed.py`
-those of speed and the figure beside them, `integer.py` that of integer images. A part whose study has not run yet is left out, and
-the page says so.
+those of speed, `speed.py --only growth --results …/growth.json` the figure of it, `integer.py` the table of integer images. A part
+whose study has not run yet is left out, and the page says so.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ OLDER = {
 EVEN = ("1f88c7a", "38a13b7", "790d1ae", "c56ceaa", "0ff7423", "23804b8", "31481e9")
 """Commits at which `tcaq` did not stagger step sizes, and its last fit saw every step by itself."""
 WIDTHS = ("w8a8", "w6a6", "w4a8", "w4a6", "w4a4", "w3a4", "w2a4", "w4a3")
+STUDIES = ("quality", "spread", "second", "parts", "presets", "speed", "growth", "integer")
 CHECKPOINTS = {"w8a8": "W8A8", "w8a8-symmetric": "W8A8 with weights around zero", "w4a6": "W4A6", "w4a4": "W4A4"}
 
 
@@ -58,8 +59,8 @@ def main() -> None:
     """Write the page, and the figure that it shows."""
     found = {path.stem: read_json(path) for path in sorted(RESULTS.glob("*.json"))}
     PAGE.write_text("\n".join(page(found)))
-    if growths(found.get("speed", {})):
-        draw(found["speed"], "w4a4", PAGE.parent / "images" / "growth.png")
+    if "growth" in found:
+        draw(found["growth"], "w4a4", PAGE.parent / "images" / "growth.png")
 
 
 def page(found: Mapping[str, Any]) -> list[str]:
@@ -74,10 +75,9 @@ def page(found: Mapping[str, Any]) -> list[str]:
     )
     lines += costs(found["presets"]) if "presets" in found else []
     lines += speed(found["speed"]) if "speed" in found else []
+    lines += grown(found["growth"]) if "growth" in found else []
     lines += integers(found["integer"]) if "integer" in found else []
-    missing = [
-        name for name in ("quality", "spread", "second", "parts", "presets", "speed", "integer") if name not in found
-    ]
+    missing = [name for name in STUDIES if name not in found]
     return [*lines, f"Studies that have not run: {', '.join(missing)}.", ""] if missing else lines
 
 
@@ -243,7 +243,7 @@ def speed(results: Mapping[str, Any]) -> list[str]:
                     *race(cell["table"], cell.get("memory", {"rows": []})),
                     "",
                 ]
-    return [*lines, *grown(results)]
+    return lines
 
 
 def race(table: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
@@ -266,23 +266,24 @@ def race(table: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
 
 
 def grown(results: Mapping[str, Any]) -> list[str]:
-    """The figure, and where integers stop paying; empty if that was not measured."""
-    if not (models := growths(results)):
-        return []
-    lines = ["### As work grows, W4A4", "", "![times as fast as fp32 over batch and size](images/growth.png)", ""]
+    """The figure, and where integers stop paying."""
+    models = {name: results[name]["w4a4"]["growth"] for name in TITLES if name in results}
+    first = next(iter(models.values()))["batch"]
+    lines = [
+        "### As work grows, W4A4",
+        "",
+        f"`python benchmarks/speed.py --only growth --widths w4a4 --results benchmarks/results/growth.json`: {first['processor']}, "
+        f"{'with' if first['vnni'] else 'without'} VNNI, {first['threads']} threads, nothing else running.",
+        "",
+        "![times as fast as fp32 over batch and size](images/growth.png)",
+        "",
+    ]
     for name, growth in models.items():
         for axis, curves in ratios(growth).items():
             slow = [str(number) for number, ratio in curves["integer"].items() if ratio < 1]
             where = f"does not pay at {', '.join(slow)}" if slow else "pays throughout"
             lines.append(f"- {TITLES[name]}, by {axis}: `integer` {where} ({_span(curves['integer'])} times fp32).")
     return [*lines, ""]
-
-
-def growths(results: Mapping[str, Any]) -> dict[str, Any]:
-    """How the speed of each model grows, for those where it was measured."""
-    return {
-        name: results[name]["w4a4"]["growth"] for name in TITLES if "growth" in results.get(name, {}).get("w4a4", {})
-    }
 
 
 def _span(curve: Mapping[int, float]) -> str:

@@ -1,6 +1,6 @@
 """Speed, memory and size of real integer execution, beside float and other tools, and how they change as work grows.
 
-    python benchmarks/speed.py                  everything; half an hour on two cores with nothing beside it
+    python benchmarks/speed.py                  tables and memory; half an hour on two cores, nothing beside it
     python benchmarks/speed.py --only memory    one stage of it; the others stay as they were measured
     python benchmarks/speed.py --only table --parts exports --output NEW
                                                 one part of the tables; a folder that is kept holds the exports of an earlier run
@@ -8,6 +8,9 @@
             --results docs/lab/speed-one-thread.json    one core
     python benchmarks/speed.py --only table --parts brief --results docs/lab/speed-no-vnni.json
                                                 what a processor without VNNI is asked
+    python benchmarks/speed.py --only growth --widths w4a4 --results benchmarks/results/growth.json
+                                                how that changes with batch and size; `--growing fp32,integer` where the
+                                                processor does not compute bf16, which takes ten times as long as fp32 there
 
 Two models: the U-Net of google/ddpm-cifar10-32 (35.7 million parameters) with random weights, for which speed does not care, and
 the bundled one. Each is quantized without gradients from few images. Then everything is `tcaq bench`: contenders in turn, in one
@@ -59,6 +62,7 @@ PARTS = {
 HELD = "fp32,bf16,integer,integer-fused"
 """Contenders whose memory is measured."""
 GROWING = "fp32,bf16,integer,integer-fused"
+"""Contenders that are measured as work grows."""
 BATCHES = "1,2,4,8,16,32,64"
 SIZES = (32, 48, 64, 96, 128)
 
@@ -91,24 +95,25 @@ def bench(checkpoint: Path, model: str, against: str, *options: object) -> Any:
     return read_json(result)
 
 
-def table(model: str, checkpoint: Path, parts: Sequence[str]) -> dict[str, Any]:
+def table(model: str, checkpoint: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Contenders at a batch of 8, a run for each part of the table."""
     options = ("--batches", 8, "--images", 8, "--repeat", 7, "--work", checkpoint.with_suffix(".bench"))
-    return {part: bench(checkpoint, model, TABLE[part], *options) for part in PARTS[checkpoint.name] if part in parts}
+    asked = [part for part in PARTS[checkpoint.name] if part in args.parts]
+    return {part: bench(checkpoint, model, TABLE[part], *options) for part in asked}
 
 
-def memory(model: str, checkpoint: Path, _: Sequence[str]) -> Any:
+def memory(model: str, checkpoint: Path, _: argparse.Namespace) -> Any:
     """Peak memory of sampling one image; other work beside it does no harm."""
     brief = ("--batches", 1, "--repeat", 1, "--images", 1, "--steps", 2)
     return bench(checkpoint, model, HELD, *brief, "--memory")
 
 
-def growth(model: str, checkpoint: Path, _: Sequence[str]) -> dict[str, Any]:
+def growth(model: str, checkpoint: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds a step by batch at the model's own size, and by size at a batch of one."""
     brief = ("--repeat", 3, "--images", 1, "--steps", 1)
-    by_size = {size: bench(checkpoint, model, GROWING, *brief, "--batches", 1, "--size", size) for size in SIZES}
+    by_size = {size: bench(checkpoint, model, args.growing, *brief, "--batches", 1, "--size", size) for size in SIZES}
     return {
-        "batch": bench(checkpoint, model, GROWING, *brief, "--batches", BATCHES),
+        "batch": bench(checkpoint, model, args.growing, *brief, "--batches", BATCHES),
         "size": {str(size): found for size, found in by_size.items()},
     }
 
@@ -117,10 +122,11 @@ def main() -> None:
     """Measure what is asked for, and write each part when it is done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "speed")
-    parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--only", nargs="+", choices=STAGES, default=["memory", "table"])
     parser.add_argument("--models", nargs="+", choices=("cifar10", "reference"), default=("cifar10", "reference"))
     parser.add_argument("--widths", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--parts", nargs="+", choices=list(TABLE), default=ASKED, help="of the tables")
+    parser.add_argument("--growing", default=GROWING, help="contenders that are measured as work grows")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     results = read_json(args.results) if args.results.exists() else {}
@@ -130,7 +136,7 @@ def main() -> None:
             for stage in args.only:
                 if stage != "growth" or width == GROWN:
                     cell = results.setdefault(name, {}).setdefault(width, {})
-                    cell[stage] = cell.get(stage, {}) | STAGES[stage](model, checkpoint, args.parts)
+                    cell[stage] = cell.get(stage, {}) | STAGES[stage](model, checkpoint, args)
                     write_json(args.results, results)
                     print(name, width, stage, flush=True)
 

@@ -75,7 +75,31 @@ def test_the_page_is_made_without_drawing(script, monkeypatch):
     page = script("page")
     monkeypatch.setattr(page, "draw", lambda *_: pytest.fail("drawn"))
     found = {path.stem: json.loads(path.read_text()) for path in page.RESULTS.glob("*.json")}
-    assert any("images/growth.png" in line for line in page.page(found))
+    assert page.page(found)[0] == "# Results"
+
+
+def grown(**seconds: dict[str, float]) -> dict[str, object]:
+    """What `tcaq bench` leaves of contenders whose seconds a step are these by batch."""
+    rows = [{"name": name, "seconds": found, "problem": None} for name, found in seconds.items()]
+    return {"processor": "a processor, 2 cores", "vnni": False, "threads": 2, "rows": rows}
+
+
+def test_the_page_says_where_integers_stop_paying_and_on_what(script, monkeypatch):
+    page = script("page")
+    single = grown(**{"fp32": {"1": 1.0}, "bf16": {"1": 0.5}, "integer": {"1": 0.25}, "integer-fused": {"1": 0.25}})
+    batches = grown(
+        **{
+            "fp32": {"1": 1.0, "8": 6.0},
+            "bf16": {"1": 0.5, "8": 3.0},
+            "integer": {"1": 2.0, "8": 2.0},
+            "integer-fused": {"1": 2.0, "8": 2.0},
+        }
+    )
+    lines = page.grown({"cifar10": {"w4a4": {"growth": {"batch": batches, "size": {"32": single, "64": single}}}}})
+    assert "![times as fast as fp32 over batch and size](images/growth.png)" in lines
+    assert any("without VNNI, 2 threads" in line for line in lines)
+    assert any("by batch: `integer` does not pay at 1 (0.50 to 3.00 times fp32)" in line for line in lines)
+    assert any("by size: `integer` pays throughout (4.00 to 4.00 times fp32)" in line for line in lines)
 
 
 def test_a_machine_without_proc_has_a_name(script, monkeypatch):
