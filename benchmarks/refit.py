@@ -39,6 +39,7 @@ from tcaq.stages.learn import Fit
 from tcaq.stages.reconstruct import Reconstructor, apply_unit
 from tcaq.stages.scale import apply_input_scales, apply_weight_scales
 from tcaq.stages.select import apply_choices
+from tcaq.stages.stagger import stagger
 
 
 def only(run: Run, name: str) -> Record:
@@ -64,6 +65,8 @@ def restored(run: Run, start: str) -> tuple[DiffusionPipeline, TcaqConfig]:
         apply_vectors(pipe.unet, only(run, "equalize"))
     apply_weight_scales(pipe.unet, only(run, "scale/weights"))
     apply_input_scales(pipe.unet, only(run, "scale/inputs"))
+    if recipe.stagger is not None:
+        stagger(pipe.unet, recipe.stagger)
     for _, record in run.results("bypass"):
         apply_bypass(pipe.unet, record)
     apply_choices(pipe.unet, only(run, "select"))

@@ -24,18 +24,28 @@ def draw_parts(trajectories: Trajectories, count: int, seed: int) -> list[Drawn]
     return _in_parts(trajectories, *_drawn(trajectories, count, seed))
 
 
-def draw_whole(trajectories: Trajectories, count: int, seed: int) -> list[Drawn]:
-    """Every call of as many images as make no more than `count` inputs, but at least of one; parts as in `draw_parts`."""
+def draw_windows(trajectories: Trajectories, count: int, length: int, seed: int) -> list[Drawn]:
+    """As many steps in a row of each image as make about `count` inputs, but no fewer than `length`; parts as in `draw_parts`.
+
+    Where that leaves room for fewer images than there are, the seed chooses. Windows begin at places spread evenly over the
+    trajectory and go on at its beginning when they reach its end, so that every step is in as many.
+    """
+    steps = trajectories.steps
     calls, images = trajectories.samples.shape[:2]
-    chosen = torch.randperm(images, generator=torch.Generator().manual_seed(seed))[: max(1, count // calls)]
-    return _in_parts(trajectories, torch.arange(calls).repeat(len(chosen)), chosen.repeat_interleave(calls))
+    total = int(steps[-1]) + 1
+    wide = min(max(count * total // (calls * images), length), total)
+    chosen = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
+    chosen = chosen[: max(1, count * total // (calls * wide))]
+    starts = torch.arange(len(chosen))[:, None] * total // len(chosen)
+    window, inside = torch.nonzero((steps - starts) % total < wide, as_tuple=True)
+    return _in_parts(trajectories, inside, chosen[window])
 
 
 def stretches(part: Drawn, length: int) -> Tensor:
     """Rows of a part that are `length` steps of one image in a row, int64 [n, length]; the halves of guidance apart.
 
-    The first and the last stretch of a trajectory come `length` times, so that its ends are drawn no less than its middle. A
-    trajectory that is shorter repeats its last step.
+    The first and the last stretch of steps without a gap come `length` times, so that a trajectory's ends are drawn no less than
+    its middle. Fewer steps than `length` repeat the last.
     """
     steps = part.trajectories.steps
     turn = torch.arange(len(steps)) - torch.searchsorted(steps, steps)
@@ -44,9 +54,14 @@ def stretches(part: Drawn, length: int) -> Tensor:
     for run in own.unique(dim=0):
         rows = torch.nonzero((own == run).all(dim=1))[:, 0]
         rows = rows[part.calls[rows].argsort()]
-        starts = torch.arange(1 - length, len(rows)).clamp(0, max(0, len(rows) - length))
-        found.append(rows[(starts[:, None] + torch.arange(length)).clamp(max=len(rows) - 1)])
+        gaps = torch.nonzero(steps[part.calls[rows]].diff() > 1)[:, 0] + 1
+        found += [_stretches_of(piece, length) for piece in rows.tensor_split(gaps)]
     return torch.cat(found)
+
+
+def _stretches_of(rows: Tensor, length: int) -> Tensor:
+    starts = torch.arange(1 - length, len(rows)).clamp(0, max(0, len(rows) - length))
+    return rows[(starts[:, None] + torch.arange(length)).clamp(max=len(rows) - 1)]
 
 
 def _in_parts(trajectories: Trajectories, calls: Tensor, images: Tensor) -> list[Drawn]:

@@ -41,7 +41,7 @@ class Reconstructor(Unitwise):
         spec, self.stretch = how.spec, min(how.spec.stretch, how.spec.batch)
         super().__init__(
             denoiser, units, trajectories, inputs=spec.inputs, batch=spec.batch, seed=how.seed, memory=memory, spill=spill,
-            whole=self.stretch > 1,
+            stretch=self.stretch,
         )  # fmt: skip
         self.how = how
 

@@ -11,7 +11,7 @@ from torch import nn
 from tcaq.models.trajectories import Trajectories
 from tcaq.models.units import Unit
 from tcaq.stages.cache import ActivationCache
-from tcaq.stages.draw import PartsReplay, draw_parts, draw_whole
+from tcaq.stages.draw import PartsReplay, draw_parts, draw_windows
 
 
 class Unitwise:
@@ -22,17 +22,21 @@ class Unitwise:
 
     def __init__(
         self, denoiser: nn.Module, units: list[Unit], trajectories: Trajectories, *,
-        inputs: int, batch: int, seed: int, memory: float, spill: Path | None = None, whole: bool = False,
+        inputs: int, batch: int, seed: int, memory: float, spill: Path | None = None, stretch: int = 1,
     ) -> None:  # fmt: skip
         """Draw `inputs` inputs by `seed`.
 
         Args: memory: GiB of activations kept in memory; spill: folder for the rest (None: the system's place for such files);
-            whole: draw whole trajectories.
+            stretch: how many steps of an image are drawn in a row, at least.
         """
         self.denoiser = denoiser
         self.units = {unit.name: unit for unit in units}
         self.cache = ActivationCache(int(memory * 2**30), spill)
-        parts = (draw_whole if whole else draw_parts)(trajectories, inputs, seed)
+        parts = (
+            draw_parts(trajectories, inputs, seed)
+            if stretch == 1
+            else draw_windows(trajectories, inputs, stretch, seed)
+        )
         self.replay = PartsReplay(denoiser, units, parts, batch, self.cache)
 
     def __enter__(self) -> Self:
