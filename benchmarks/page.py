@@ -48,8 +48,15 @@ OLDER = {
     "apqdm": (("apqdm",), "that searched for groups with attention on grids that rounded it to zero at 4 and 6 bits"),
 }
 """Cells from before commits were recorded that today's code would not make again."""
-EVEN = ("1f88c7a", "38a13b7", "790d1ae", "c56ceaa", "0ff7423", "23804b8", "31481e9")
-"""Commits at which `tcaq` did not stagger step sizes, and its last fit saw every step by itself."""
+TCAQ_SINCE = {
+    "before step sizes of inputs differed from step to step and the last fit saw several steps of an image at once "
+    "([what that does](lab/seventh-trials.md))": (
+        None, "1f88c7a", "38a13b7", "790d1ae", "c56ceaa", "0ff7423", "23804b8", "31481e9",
+    ),
+    "whose last fit saw whole trajectories of a third of the calibration images, not parts of all "
+    "([the same where they are 32](lab/ninth-trials.md))": ("6b2e792", "3095589"),
+}  # fmt: skip
+"""How `tcaq` was other than today, with the commits of cells that are of that."""
 WIDTHS = ("w8a8", "w6a6", "w4a8", "w4a6", "w4a4", "w3a4", "w2a4", "w4a3")
 STUDIES = ("quality", "spread", "second", "parts", "presets", "speed", "growth", "integer")
 CHECKPOINTS = {"w8a8": "W8A8", "w8a8-symmetric": "W8A8 with weights around zero", "w4a6": "W4A6", "w4a4": "W4A4"}
@@ -138,21 +145,17 @@ def older(done: Mapping[str, Any]) -> list[str]:
         found = [name for name, cell in done.items() if name.rpartition("-")[0] in names and "commit" not in cell]
         if found:
             lines.append(f"- {', '.join(f'`{name}`' for name in found)}: of {text} {why}.")
-    if even := [name for name, cell in done.items() if not staggered(cell)]:
-        lines.append(
-            f"- {', '.join(f'`{name}`' for name in even)}: of tcaq before step sizes of inputs differed from step to step and the "
-            "last fit saw several steps of an image at once ([what that does](lab/seventh-trials.md))."
-        )
+    for text, commits in TCAQ_SINCE.items():
+        found = [
+            name for name, cell in done.items() if "--recipe tcaq" in cell["command"] and cell.get("commit") in commits
+        ]
+        if found:
+            lines.append(f"- {', '.join(f'`{name}`' for name in found)}: of tcaq {text}.")
     return (
         ["Today's recipes would make some cells otherwise; those without `code` are the oldest:", "", *lines, ""]
         if lines
         else []
     )
-
-
-def staggered(cell: Mapping[str, Any]) -> bool:
-    """Whether a cell is of a recipe that has nothing to do with staggering, or of one that had it."""
-    return "--recipe tcaq" not in cell["command"] or cell.get("commit") not in (*EVEN, None)
 
 
 def reseeded(done: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:
