@@ -21,9 +21,9 @@ from tcaq.allocator import keep_freed_memory
 from tcaq.integer.backend import Backend
 from tcaq.integer.build import NoKernel, integer_layer
 from tcaq.integer.cpu import CPU
-from tcaq.integer.native.avx2_kernels import AVX2, AVX2_NARROW
+from tcaq.integer.native.avx2_kernels import AVX2, AVX2_NARROW, AVX2_WIDE
 from tcaq.integer.native.kernels import COMPILED
-from tcaq.integer.native.vnni_kernels import VNNI
+from tcaq.integer.native.vnni_kernels import VNNI, VNNI_WIDE
 from tcaq.layers.conv import QuantizedConv2d
 from tcaq.quantizers.clock import StepClock
 from tcaq.spec.grid import AffineGrid
@@ -42,7 +42,10 @@ SHAPES = [
 ]
 """Channels in and out, size of the image, of the kernel."""
 WIDTHS = [(4, 4), (4, 8), (6, 6), (8, 8)]
-BACKENDS = {"oneDNN": CPU, "oneDNN, compiled glue": COMPILED, "AVX2": AVX2, "AVX2, Winograd": AVX2_NARROW, "VNNI": VNNI}
+BACKENDS = {
+    "oneDNN": CPU, "oneDNN, compiled glue": COMPILED, "AVX2": AVX2, "AVX2, Winograd": AVX2_NARROW,
+    "AVX2, Winograd of 16 bits": AVX2_WIDE, "VNNI": VNNI, "VNNI, Winograd of 16 bits": VNNI_WIDE,
+}  # fmt: skip
 
 
 def layer_of(conv: nn.Conv2d, weights: int, activations: int) -> QuantizedConv2d:

@@ -18,10 +18,10 @@ from tcaq.integer.layer import IntegerConv2d
 from tcaq.integer.lower import BACKENDS
 from tcaq.integer.native import avx2, avx2_kernels
 from tcaq.integer.native.avx2 import PackedWeights, native_products
-from tcaq.integer.native.avx2_kernels import AVX2, AVX2_NARROW, Avx2Conv, Avx2Linear
+from tcaq.integer.native.avx2_kernels import AVX2, AVX2_NARROW, AVX2_WIDE, Avx2Conv, Avx2Linear
 from tcaq.integer.native.compiler import CompilerError, compiled
 from tcaq.integer.native.kernels import COMPILED
-from tcaq.integer.native.vnni_kernels import VNNI
+from tcaq.integer.native.vnni_kernels import VNNI, VNNI_WIDE
 from tcaq.integer.native.winograd import FEWEST, LARGEST, SAME
 from tcaq.integer.native.winograd_kernels import WinogradConv
 from tcaq.integer.trial import LONGEST
@@ -174,7 +174,7 @@ def test_it_is_taken_where_there_is_no_vnni(tiny_pipeline, quantized_tiny, monke
         assert tcaq.lower(pipe).missing == ()
         return {type(layer._kernel) for layer in pipe.unet.modules() if isinstance(layer, IntegerConv2d)}
 
-    assert BACKENDS["cpu"] == (AVX2_NARROW, AVX2, VNNI, COMPILED, CPU)
+    assert BACKENDS["cpu"] == (AVX2_NARROW, AVX2_WIDE, AVX2, VNNI, VNNI_WIDE, COMPILED, CPU)
     monkeypatch.setitem(BACKENDS, "cpu", (AVX2, COMPILED))
     assert kernels(vnni=False, helps=True) == {Avx2Conv}
     assert kernels(vnni=None, helps=True) == {Avx2Conv}  # where the system does not say, the compiler does

@@ -20,9 +20,9 @@ from tcaq.integer.build import NoKernel, integer_layer
 from tcaq.integer.cpu import CPU
 from tcaq.integer.cuda import CUDA
 from tcaq.integer.cuda_triton import TRITON
-from tcaq.integer.native.avx2_kernels import AVX2, AVX2_NARROW
+from tcaq.integer.native.avx2_kernels import AVX2, AVX2_NARROW, AVX2_WIDE
 from tcaq.integer.native.kernels import COMPILED
-from tcaq.integer.native.vnni_kernels import VNNI
+from tcaq.integer.native.vnni_kernels import VNNI, VNNI_WIDE
 from tcaq.integer.norm import keep_token_layout
 from tcaq.integer.product import IntegerProduct, product_clock, uneven_groups
 from tcaq.layers.insert import quantized_layers, replace
@@ -32,7 +32,7 @@ from tcaq.layers.weighted import QuantizedWeight
 from tcaq.models.denoiser import find_denoiser
 from tcaq.models.quantizer import TcaqQuantizer
 
-BACKENDS = {"cpu": (AVX2_NARROW, AVX2, VNNI, COMPILED, CPU), "cuda": (TRITON, CUDA)}
+BACKENDS = {"cpu": (AVX2_NARROW, AVX2_WIDE, AVX2, VNNI, VNNI_WIDE, COMPILED, CPU), "cuda": (TRITON, CUDA)}
 """Kernels of each kind of device, the fastest first: a layer takes the first that run it exactly."""
 Products = Literal["plan", "fused"]
 Execution = Literal["integer", "fake", "float"]

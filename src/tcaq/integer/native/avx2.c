@@ -35,11 +35,13 @@ int32_t helps(void) {
 #define OUT 16    /* output channels of a block of weights: two vectors of sums */
 #define PIXELS 6  /* multiplied with it at once: twelve vectors of sums, of the sixteen that a processor has */
 #define TILES 12  /* whole PIXELS */
+#define WIDE_TILES PIXELS
 #define SHARED 96 /* pixels for which a block is read, and made wide, once */
 #define DEEP 512  /* fours of narrow weights for each output channel, as many of a block as stay in the first cache */
 #define LONGEST 4096 /* numbers in a row of the left one of two matrices, for which there is room */
 #define ALONE 16384  /* numbers that one thread has padded before another has begun */
 #include "winograd.h"
+#include "winograd_wide.h"
 
 int32_t longest(void) { return LONGEST; }
 
@@ -159,6 +161,18 @@ static __attribute__((noinline)) void multiply_wide(const int16_t *const *pixels
     FOR_PIXELS(ADD)
 #undef POINT
 #undef MULTIPLY
+}
+
+static void multiply_places(const int16_t *inputs, int64_t apart, int64_t tiles, const int16_t *weights, int64_t twos, int32_t *sums) {
+    static const int64_t begin = 0;
+    Part part = {&begin, 1, twos / 2};
+    memset(sums, 0, tiles * OUT * sizeof *sums);
+    for (int64_t tile = 0; tile < tiles; tile += PIXELS) {
+        const int16_t *pixels[PIXELS];
+        for (int64_t i = 0; i < PIXELS; i++)
+            pixels[i] = inputs + (tile + i) * apart;
+        multiply_wide(pixels, weights, part, sums + tile * OUT);
+    }
 }
 
 /* Weights of 16 bits in halves of fours, each with what it lacks. */

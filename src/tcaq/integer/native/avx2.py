@@ -15,6 +15,7 @@ from torch.nn.functional import conv2d, pad
 from tcaq.integer.backend import Geometry, Weights
 from tcaq.integer.native.compiler import CompilerError, trusted
 from tcaq.integer.native.winograd import FOUR, NativeWinograd
+from tcaq.integer.native.winograd_wide import NativeWideWinograd
 
 SOURCE = Path(__file__).with_name("avx2.c")
 BLOCK = 16
@@ -71,7 +72,7 @@ class PackedWeights:
 
         Moving them to 32 bits after each is as much work as that.
         """
-        fitting = (2**15 - 1) // (2 * max(top, 1) * self._largest)
+        fitting = fitting_pairs(self._largest, top)
         return 0 if self._lacking or fitting < 2 else fitting
 
     def fields(self, pairs: int, biased: bool) -> _Weights:
@@ -89,6 +90,11 @@ class PackedWeights:
         return _Window(images, *size, channels, *runs, *own.stride, *own.padding, *own.dilation, *places)
 
 
+def fitting_pairs(largest: int, top: int) -> int:
+    """How many sums of two products of weights up to a size with codes 0 to `top` fit 16 bits."""
+    return (2**15 - 1) // (2 * max(top, 1) * largest)
+
+
 def _in_fours(runs: Tensor) -> Tensor:
     """Codes [out, runs, run], of whole blocks, as [blocks, runs, fours, BLOCK, FOUR]."""
     fours: Tensor = pad(runs, (0, -runs.shape[2] % FOUR)).unflatten(2, (-1, FOUR)).unflatten(0, (-1, BLOCK))
@@ -99,7 +105,7 @@ class NativeProducts:
     """Convolutions and matrix products of codes in compiled C, summed exactly.
 
     Attributes: helps: whether the compiler knows of no better instructions here; longest: what matrices of activations may have as
-        their inner size; winograd: 3x3 convolutions of narrow numbers.
+        their inner size; winograd, wide: 3x3 convolutions of narrow and of other numbers.
     """
 
     def __init__(self, library: Path) -> None:
@@ -108,7 +114,7 @@ class NativeProducts:
         if not functions.exists():
             raise CompilerError("this processor has no AVX2")
         self.helps, self.longest = bool(functions.helps()), int(functions.longest())
-        self.winograd = NativeWinograd(functions)
+        self.winograd, self.wide = NativeWinograd(functions), NativeWideWinograd(functions)
         self._convolve: Any = functions.convolve
         self._convolve.restype = None
         self._convolve.argtypes = (c_void_p, _Window, _Weights, c_float, c_int32, c_void_p, c_void_p, c_int32)
@@ -184,4 +190,4 @@ def _is_right(products: NativeProducts) -> bool:
         found = products.convolve(codes, packed, 1.0, 3, 255)
         if not torch.equal(found.double(), conv2d(codes.double() - 3, whole, padding=1)):
             return False
-    return products.winograd.is_right(BLOCK, NARROW)
+    return products.winograd.is_right(BLOCK, NARROW) and products.wide.is_right(BLOCK)

@@ -17,13 +17,16 @@ from torch import Tensor
 from tcaq.integer import cpu
 from tcaq.integer.backend import Geometry, InputGrid, Span, Weights
 from tcaq.integer.native import kernels
-from tcaq.integer.native.avx2 import BLOCK, PackedWeights, native_products
+from tcaq.integer.native.avx2 import BLOCK, PackedWeights, fitting_pairs, native_products
 from tcaq.integer.native.compiler import absent
 from tcaq.integer.native.library import FusesNorm, native_glue
-from tcaq.integer.native.winograd import KERNEL, pairs, unsuited
-from tcaq.integer.native.winograd_kernels import WinogradConv
+from tcaq.integer.native.winograd import FEWEST, KERNEL, misshapen, pairs, unsuited
+from tcaq.integer.native.winograd_kernels import WideWinogradConv, WinogradConv
 from tcaq.integer.trial import too_long, try_conv, try_linear, try_product
 from tcaq.processor import has_vnni
+
+MANY = 96
+"""Channels on either side, below which narrow numbers are multiplied faster as they are than in Winograd's form of 16 bits."""
 
 
 def missing() -> str | None:
@@ -129,3 +132,20 @@ def narrow_problem(shape: tuple[int, ...], geometry: Geometry, span: Span) -> st
 
 AVX2_NARROW = replace(AVX2, conv=narrow_conv, conv_problem=narrow_problem)
 """The same, but for 3x3 convolutions of four bits, which need less than half of the products in Winograd's form."""
+
+
+def wide_conv(weights: Weights, geometry: Geometry) -> WideWinogradConv:
+    """A convolution in Winograd's form of 16 bits. Args: geometry: that `wide_problem` has nothing against."""
+    return WideWinogradConv(weights, native_products(), BLOCK)
+
+
+@cache
+def wide_problem(shape: tuple[int, ...], geometry: Geometry, span: Span) -> str | None:
+    """Why a weight of this shape is better convolved as it is, or what a trial of it finds."""
+    narrow = fitting_pairs(max(-span.low, span.high, 1), span.top) >= 2  # and multiplied as bytes, twice as fast
+    problem = misshapen(shape, geometry, MANY if narrow else FEWEST) or too_long(shape)
+    return problem or try_conv(wide_conv, shape, geometry, span)
+
+
+AVX2_WIDE = replace(AVX2, conv=wide_conv, conv_problem=wide_problem)
+"""The same, but for 3x3 convolutions of up to eight bits, which need a quarter of the products in Winograd's form of 16 bits."""

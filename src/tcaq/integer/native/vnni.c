@@ -27,9 +27,11 @@ int32_t helps(void) {
 #define TILES 12 /* multiplied with it at once: 24 vectors of sums, of the 32 that a processor has */
 #define ROWS 96  /* of a matrix for which a block of weights is read once: whole TILES */
 #define ALONE 2097152 /* products that one thread has made before another has begun */
+#define WIDE_TILES 6 /* the same for numbers of 16 bits: twelve vectors of sums, as few tiles as keep the processor busy */
 #include "winograd.h"
+#include "winograd_wide.h"
 
-static inline __m512i repeat_four(const uint8_t *bytes) {
+static inline __m512i repeat_four(const void *bytes) {
     int32_t four;
     memcpy(&four, bytes, sizeof four);
     return _mm512_set1_epi32(four);
@@ -62,6 +64,35 @@ static __attribute__((noinline)) void multiply_tiles(const uint8_t *inputs, int6
         row0 += 4, row1 += 4, row2 += 4, row3 += 4;
     }
     FOR_TILES(END)
+#undef BEGIN
+#undef MULTIPLY
+#undef END
+}
+
+static __attribute__((noinline)) void multiply_places(const int16_t *inputs, int64_t apart, int64_t tiles, const int16_t *weights,
+                                                      int64_t twos, int32_t *sums) {
+#define FOR_ROWS(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5)
+#define BEGIN(i) __m512i low##i = _mm512_setzero_si512(), high##i = _mm512_setzero_si512();
+#define MULTIPLY(i)                                                                                                               \
+    {                                                                                                                             \
+        __m512i x = repeat_four(row + i * apart + 2 * at);                                                                        \
+        low##i = _mm512_dpwssd_epi32(low##i, x, first);                                                                           \
+        high##i = _mm512_dpwssd_epi32(high##i, x, second);                                                                        \
+        __asm__ volatile("" : "+v"(low##i), "+v"(high##i) : : "memory");                                                          \
+    }
+#define END(i)                                                                                                                    \
+    _mm512_storeu_si512(sums + i * OUT, low##i);                                                                                  \
+    _mm512_storeu_si512(sums + i * OUT + OUT / 2, high##i);
+    for (int64_t tile = 0; tile < tiles; tile += WIDE_TILES, sums += WIDE_TILES * OUT) {
+        const int16_t *row = inputs + tile * apart;
+        FOR_ROWS(BEGIN)
+        for (int64_t at = 0; at < twos; at++) {
+            __m512i first = _mm512_loadu_si512(weights + at * 2 * OUT), second = _mm512_loadu_si512(weights + at * 2 * OUT + OUT);
+            __asm__ volatile("" : "+v"(first), "+v"(second) : : "memory");
+            FOR_ROWS(MULTIPLY)
+        }
+        FOR_ROWS(END)
+    }
 #undef BEGIN
 #undef MULTIPLY
 #undef END

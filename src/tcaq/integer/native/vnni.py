@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from tcaq.integer.backend import Weights
 from tcaq.integer.native.compiler import CompilerError, trusted
 from tcaq.integer.native.winograd import FOUR, HIGHEST, NativeWinograd
+from tcaq.integer.native.winograd_wide import NativeWideWinograd
 
 SOURCE = Path(__file__).with_name("vnni.c")
 BLOCK = 32
@@ -56,7 +57,8 @@ class PackedWeights:
 class NativeVnni:
     """Matrix products and 3x3 convolutions of codes in compiled C, summed exactly.
 
-    Attributes: helps: whether the compiler knows of no better instructions here; winograd: the convolutions.
+    Attributes: helps: whether the compiler knows of no better instructions here; winograd, wide: convolutions of narrow and of
+        other numbers.
     """
 
     def __init__(self, library: Path) -> None:
@@ -65,7 +67,7 @@ class NativeVnni:
         if not functions.exists():
             raise CompilerError("this processor has no AVX-512 VNNI")
         self.helps = bool(functions.helps())
-        self.winograd = NativeWinograd(functions)
+        self.winograd, self.wide = NativeWinograd(functions), NativeWideWinograd(functions)
         self._multiply: Any = functions.multiply_rows
         self._multiply.restype = None
         self._multiply.argtypes = (
@@ -118,4 +120,6 @@ def _is_right(vnni: NativeVnni) -> bool:
     packed = PackedWeights(Weights(matrix, torch.ones(41), rest=rest))
     products = vnni.multiply(rows, rows.sum(1, dtype=torch.int32), packed, 1.0, 9)
     whole = matrix.double() + rest.double()[:, None]
-    return torch.equal(products.double(), (rows.double() - 9) @ whole.T) and vnni.winograd.is_right(BLOCK, HIGHEST)
+    if not torch.equal(products.double(), (rows.double() - 9) @ whole.T):
+        return False
+    return vnni.winograd.is_right(BLOCK, HIGHEST) and vnni.wide.is_right(BLOCK)

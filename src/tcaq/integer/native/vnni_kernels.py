@@ -1,8 +1,8 @@
 """Integer kernels of our own for x86 processors with AVX-512 VNNI.
 
 Matrix products, of which oneDNN makes a small one in more time than it takes to multiply, and 3x3 convolutions of narrow numbers
-with less than half of the products: transformed numbers of four bits still fit bytes, so that Winograd's form is exact. Other
-convolutions are oneDNN's.
+with less than half of the products: transformed numbers of four bits still fit bytes, so that Winograd's form is exact. Those of
+eight bits fit 16: a quarter of the products, of which half as many are made at once. Other convolutions are oneDNN's.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ from tcaq.integer.native import kernels
 from tcaq.integer.native.compiler import absent
 from tcaq.integer.native.library import FusesNorm, native_glue
 from tcaq.integer.native.vnni import BLOCK, PackedWeights, native_vnni
-from tcaq.integer.native.winograd import unsuited
-from tcaq.integer.native.winograd_kernels import WinogradConv
+from tcaq.integer.native.winograd import misshapen, unsuited
+from tcaq.integer.native.winograd_kernels import WideWinogradConv, WinogradConv
 from tcaq.integer.trial import too_long, try_conv, try_linear
+
+MANY = 128
+"""Channels on either side, below which oneDNN's convolutions are taken for numbers of more than about four bits."""
 
 
 def missing() -> str | None:
@@ -100,3 +103,18 @@ VNNI = replace(
     kernels.COMPILED, missing=missing, conv=conv, linear=VnniLinear, conv_problem=conv_problem, linear_problem=linear_problem,
     helps=helps,
 )  # fmt: skip
+
+
+def wide_conv(weights: Weights, geometry: Geometry) -> WideWinogradConv:
+    """A convolution in Winograd's form of 16 bits. Args: geometry: that `wide_problem` has nothing against."""
+    return WideWinogradConv(weights, native_vnni(), BLOCK)
+
+
+@cache
+def wide_problem(shape: tuple[int, ...], geometry: Geometry, span: Span) -> str | None:
+    """Why a weight of this shape has other kernels, or what a trial of it finds."""
+    return misshapen(shape, geometry, MANY) or too_long(shape) or try_conv(wide_conv, shape, geometry, span)
+
+
+VNNI_WIDE = replace(VNNI, conv=wide_conv, conv_problem=wide_problem)
+"""The same, but for 3x3 convolutions of up to eight bits, which need a quarter of the products in Winograd's form of 16 bits."""

@@ -33,7 +33,7 @@ typedef struct {
     int64_t images, height, width, channels;
 } Image;
 
-/* codes: [blocks, KERNEL, fours, OUT, 4], what is no weight 0; sums: of transformed ones over channels, [blocks, PLACES, OUT]; for each
+/* codes: [blocks, fours, KERNEL, OUT, 4], what is no weight 0; sums: of transformed ones over channels, [blocks, PLACES, OUT]; for each
    output channel what makes floats of sums, [blocks * OUT]. most: how often two products with transformed inputs fit 16 bits. */
 typedef struct {
     const int8_t *codes;
@@ -80,10 +80,16 @@ static int64_t together(int64_t channels, int64_t tiles, int64_t threads) {
     return TILES * ((share + parts - 1) / parts);
 }
 
-static int64_t tiles_of(Image image) { return image.images * ((image.height + 1) / 2) * ((image.width + 1) / 2); }
+/* Tiles of `side` by `side` output pixels that cover images. */
+static int64_t tiles_of(Image image, int64_t side) {
+    return image.images * ((image.height + side - 1) / side) * ((image.width + side - 1) / side);
+}
+
+/* How far places of transformed weights are apart: a line of the cache more than a power of two, for they are written together. */
+static int64_t places_apart(int64_t channels) { return fours(channels) * 4 * OUT + 64; }
 
 /* Bytes of a thread's transformed weights, and with them of its transformed inputs. */
-static int64_t weight_space(int64_t channels) { return PLACES * fours(channels) * 4 * OUT; }
+static int64_t weight_space(int64_t channels) { return PLACES * places_apart(channels); }
 
 static int64_t own_space(int64_t channels, int64_t part) {
     return weight_space(channels) + (PLACES * 4 * fours(channels) * part + BYTES - 1) / BYTES * BYTES;
@@ -91,7 +97,7 @@ static int64_t own_space(int64_t channels, int64_t part) {
 
 /* Bytes that `convolve_tiles` needs for its own. */
 int64_t space_of(Image image, int32_t threads) {
-    return threads * own_space(image.channels, together(image.channels, tiles_of(image), threads)) + image.channels;
+    return threads * own_space(image.channels, together(image.channels, tiles_of(image, 2), threads)) + image.channels;
 }
 
 /* 2G g for three vectors. */
@@ -101,22 +107,22 @@ int64_t space_of(Image image, int32_t threads) {
         (to)[0] = a + a, (to)[step] = ends + b, (to)[2 * step] = ends - b, (to)[3 * step] = c + c;                                \
     }
 
-/* A block of weights, [KERNEL, count, OUT, 4] -> transformed ones, [PLACES, count, OUT, 4]. */
-static void transform_weights(const int8_t *from, int64_t count, int8_t *to) {
-    int64_t apart = count * 4 * OUT;
-    for (int64_t at = 0; at < apart; at += BYTES) {
-        Codes half[12], done[PLACES];
-        for (int j = 0; j < 3; j++) {
-            Codes g[3];
-            for (int i = 0; i < 3; i++)
-                g[i] = take(from + (3 * i + j) * apart + at, BYTES);
-            SPREAD_WEIGHTS(g[0], g[1], g[2], half + j, 3)
+/* A block of weights, [count, KERNEL, OUT, 4] -> transformed ones, PLACES of [count, OUT, 4], `apart` bytes from each other. */
+static void transform_weights(const int8_t *from, int64_t count, int8_t *to, int64_t apart) {
+    for (int64_t four = 0; four < count; four++, from += KERNEL * OUT * 4, to += OUT * 4)
+        for (int64_t at = 0; at < OUT * 4; at += BYTES) {
+            Codes half[12], done[PLACES];
+            for (int j = 0; j < 3; j++) {
+                Codes g[3];
+                for (int i = 0; i < 3; i++)
+                    g[i] = take(from + (3 * i + j) * OUT * 4 + at, BYTES);
+                SPREAD_WEIGHTS(g[0], g[1], g[2], half + j, 3)
+            }
+            for (int i = 0; i < 4; i++)
+                SPREAD_WEIGHTS(half[3 * i], half[3 * i + 1], half[3 * i + 2], done + 4 * i, 1)
+            for (int place = 0; place < PLACES; place++)
+                put(to + place * apart + at, done[place], BYTES);
         }
-        for (int i = 0; i < 4; i++)
-            SPREAD_WEIGHTS(half[3 * i], half[3 * i + 1], half[3 * i + 2], done + 4 * i, 1)
-        for (int place = 0; place < PLACES; place++)
-            put(to + place * apart + at, done[place], BYTES);
-    }
 }
 
 /* B'd for four vectors. */
@@ -142,31 +148,31 @@ typedef struct {
     int64_t image, row, column;
 } Tile;
 
-static Tile tile_at(int64_t index, Image image) {
-    int64_t across = (image.width + 1) / 2, down = (image.height + 1) / 2;
-    Tile tile = {index / across / down, index / across % down * 2, index % across * 2};
+static Tile tile_at(int64_t index, Image image, int64_t side) {
+    int64_t across = (image.width + side - 1) / side, down = (image.height + side - 1) / side;
+    Tile tile = {index / across / down, index / across % down * side, index % across * side};
     return tile;
 }
 
-/* The pixels of a tile's input; those beside the image are `nothing`. */
-static void find_pixels(Tile tile, Image image, const uint8_t *codes, const uint8_t *nothing, const uint8_t **pixels) {
-    for (int i = 0; i < 4; i++)
-        for (int j = 0; j < 4; j++) {
+/* The pixels of a tile's input, `span` by `span`; those beside the image are `nothing`. */
+static void find_pixels(Tile tile, Image image, int span, const uint8_t *codes, const uint8_t *nothing, const uint8_t **pixels) {
+    for (int i = 0; i < span; i++)
+        for (int j = 0; j < span; j++) {
             int64_t y = tile.row + i - 1, x = tile.column + j - 1;
             int inside = y >= 0 && y < image.height && x >= 0 && x < image.width;
             int64_t at = ((tile.image * image.height + y) * image.width + x) * image.channels;
-            pixels[4 * i + j] = inside ? codes + at : nothing;
+            pixels[span * i + j] = inside ? codes + at : nothing;
         }
 }
 
 /* Transformed inputs of tiles from `first` on, [groups, PLACES, TILES, 4 * fours]; those behind the last tile are the last again. */
 static void transform_tiles(const uint8_t *codes, Image image, int64_t first, int64_t groups, const uint8_t *nothing, int32_t top,
                             uint8_t *to) {
-    int64_t apart = 4 * fours(image.channels), last = tiles_of(image) - 1, whole = image.channels / BYTES * BYTES;
+    int64_t apart = 4 * fours(image.channels), last = tiles_of(image, 2) - 1, whole = image.channels / BYTES * BYTES;
     for (int64_t i = 0; i < groups * TILES; i++) {
         const uint8_t *pixels[PLACES];
         uint8_t *own = to + (i / TILES * PLACES * TILES + i % TILES) * apart;
-        find_pixels(tile_at(least(first + i, last), image), image, codes, nothing, pixels);
+        find_pixels(tile_at(least(first + i, last), image, 2), image, 4, codes, nothing, pixels);
         for (int64_t c = 0; c < whole; c += BYTES)
             transform(pixels, c, BYTES, own, TILES * apart, top);
         if (whole < image.channels)
@@ -218,7 +224,7 @@ static void find_start(const int32_t *sums, int32_t top, int32_t zero_point, int
    windows, plus the bias. space: `space_of` bytes. */
 void convolve_tiles(const uint8_t *codes, Image image, Kernels kernels, float scale, int32_t zero_point, int32_t top, uint8_t *space,
                     float *out, int32_t threads) {
-    int64_t tiles = tiles_of(image), part = together(image.channels, tiles, threads), own = own_space(image.channels, part);
+    int64_t tiles = tiles_of(image, 2), part = together(image.channels, tiles, threads), own = own_space(image.channels, part);
     int64_t count = fours(image.channels), apart = 4 * count, blocks = (kernels.out + OUT - 1) / OUT;
     uint8_t *nothing = space + threads * own;
     memset(nothing, zero_point, image.channels);
@@ -230,14 +236,14 @@ void convolve_tiles(const uint8_t *codes, Image image, Kernels kernels, float sc
         transform_tiles(codes, image, first, groups, nothing, top, inputs);
         for (int64_t block = 0; block < blocks; block++) {
             int32_t sums[PLACES * TILES * OUT], start[PLACES * OUT];
-            transform_weights(kernels.codes + block * KERNEL * apart * OUT, count, made);
+            transform_weights(kernels.codes + block * KERNEL * apart * OUT, count, made, places_apart(image.channels));
             find_start(kernels.sums + block * PLACES * OUT, top, zero_point, start);
             for (int64_t tile = 0; tile < groups * TILES; tile += TILES) {
                 for (int64_t place = 0; place < PLACES; place++)
-                    multiply_tiles(inputs + (tile * PLACES + place * TILES) * apart, apart, made + place * apart * OUT, count,
+                    multiply_tiles(inputs + (tile * PLACES + place * TILES) * apart, apart, made + place * places_apart(image.channels), count,
                                    start + place * OUT, kernels.most, sums + place * TILES * OUT);
                 for (int64_t i = tile; i < tile + TILES && first + i < tiles; i++)
-                    write_tile(sums + (i - tile) * OUT, TILES * OUT, tile_at(first + i, image), image, &kernels, block * OUT, scale, out);
+                    write_tile(sums + (i - tile) * OUT, TILES * OUT, tile_at(first + i, image, 2), image, &kernels, block * OUT, scale, out);
             }
         }
     }

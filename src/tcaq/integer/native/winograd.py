@@ -25,12 +25,19 @@ FEWEST = 32
 SAME = Geometry(padding=(1, 1))
 
 
-def unsuited(shape: tuple[int, ...], geometry: Geometry, span: Span) -> str | None:
-    """Why a weight of this shape is better convolved another way; None if it is not."""
+def misshapen(shape: tuple[int, ...], geometry: Geometry, fewest: int = FEWEST) -> str | None:
+    """Why a weight of this shape, whatever its numbers are, is better convolved another way; None if it is not."""
     if shape[2:] != (3, 3) or geometry != SAME:
         return "Winograd's form is for 3x3 convolutions that keep the size of an image"
-    if min(shape[:2]) < FEWEST:
-        return f"Winograd's form pays from {FEWEST} channels on"
+    if min(shape[:2]) < fewest:
+        return f"Winograd's form pays from {fewest} channels on"
+    return None
+
+
+def unsuited(shape: tuple[int, ...], geometry: Geometry, span: Span) -> str | None:
+    """The same for numbers whose transformed ones are to fit bytes."""
+    if problem := misshapen(shape, geometry):
+        return problem
     if max(-span.low, span.high) > LARGEST or span.top > HIGHEST:
         return f"transformed weights {span.low} to {span.high} or codes 0 to {span.top} do not fit bytes"
     return None
@@ -41,7 +48,9 @@ def pairs(largest: int, top: int) -> int:
     return (2**15 - 1) // max(2 * FOUR * top * largest, 1)
 
 
-class _Image(ctypes.Structure):
+class Image(ctypes.Structure):
+    """A batch of codes, channels last, as C takes it."""
+
     _fields_ = tuple((name, c_int64) for name in ("images", "height", "width", "channels"))
 
 
@@ -65,7 +74,7 @@ class WinogradWeights:
         more = -self.out % block
         padded = pad(codes, (0, 0, 0, 0, 0, -channels % FOUR, 0, more))
         blocks = padded.reshape(-1, block, padded.shape[1] // FOUR, FOUR, codes[0, 0].numel())
-        self._codes = blocks.permute(0, 4, 2, 1, 3).contiguous()
+        self._codes = blocks.permute(0, 2, 4, 1, 3).contiguous()
         self._sums = transformed(padded.sum(1)).unflatten(0, (-1, block)).mT.contiguous()
         self.largest = max(int(transformed(part).abs().max()) for part in codes.split(block))
         self._scale = pad(weights.scale.float(), (0, more))
@@ -91,11 +100,11 @@ class NativeWinograd:
     def __init__(self, functions: ctypes.CDLL) -> None:
         """Args: functions: of a C file that includes `winograd.h`."""
         self._space: Any = functions.space_of
-        self._space.argtypes, self._space.restype = (_Image, c_int32), c_int64
+        self._space.argtypes, self._space.restype = (Image, c_int32), c_int64
         self._convolve: Any = functions.convolve_tiles
         self._convolve.restype = None
         self._convolve.argtypes = (
-            c_void_p, _Image, _Kernels, c_float, c_int32, c_int32, c_void_p, c_void_p, c_int32,
+            c_void_p, Image, _Kernels, c_float, c_int32, c_int32, c_void_p, c_void_p, c_int32,
         )  # fmt: skip
 
     def convolve(self, codes: Tensor, packed: WinogradWeights, scale: float, zero_point: int, top: int) -> Tensor:
@@ -105,7 +114,7 @@ class NativeWinograd:
         Returns: float32 [batch, out, height, width], channels last.
         """
         rows = codes.permute(0, 2, 3, 1).contiguous()
-        image, threads = _Image(*rows.shape), torch.get_num_threads()
+        image, threads = Image(*rows.shape), torch.get_num_threads()
         out = torch.empty(*rows.shape[:3], packed.out)
         space = torch.empty(self._space(image, threads), dtype=torch.uint8)
         overwritten = space.data_ptr(), out.data_ptr()
