@@ -9,6 +9,7 @@
    32 bits and come round, which is addition modulo 2^32: nothing is lost but what that factor has of powers of two, 2^6 at most. Nines are
    taken back by their inverse modulo 2^32, powers of two by a shift. So sums are exact as long as the true ones are below 2^25; where they
    may not be, channels are added up in chunks, for which they are.
+   Liu and Mattina (Efficient residue number system based Winograd convolution, ECCV 2020) take several small moduli for larger forms.
 
    Whoever includes this has included `winograd.h`, said how many tiles are multiplied at once (WIDE_TILES), and has a `multiply_places`
    that does it. */
