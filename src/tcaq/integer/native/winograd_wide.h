@@ -19,6 +19,7 @@
 #define WIDE_PLACES 36 /* transformed numbers */
 #define WIDE_NEAR 1048576 /* bytes of transformed inputs that a thread makes at once */
 #define NINTH 0x38e38e39  /* times nine is one, modulo 2^32 */
+#define UNROLLED _Pragma("GCC unroll 36") /* compilers leave loops over places as they are, and what they hold in memory */
 
 typedef int16_t Halves __attribute__((vector_size(BYTES)));
 typedef int8_t Narrow __attribute__((vector_size(BYTES / 2)));
@@ -79,18 +80,18 @@ static void transform_wide_weights(const int8_t *from, const int16_t *rest, int6
         for (int64_t at = 0; at < OUT * 2; at += HALVES) {
             Halves half[18], done[WIDE_PLACES], more;
             memcpy(&more, rest + at, BYTES);
-            for (int j = 0; j < 3; j++) {
+            UNROLLED for (int j = 0; j < 3; j++) {
                 Halves g[3];
-                for (int i = 0; i < 3; i++) {
+                UNROLLED for (int i = 0; i < 3; i++) {
                     Narrow codes;
                     memcpy(&codes, from + (3 * i + j) * OUT * 2 + at, HALVES);
                     g[i] = __builtin_convertvector(codes, Halves) + more;
                 }
                 SPREAD_WIDE_WEIGHTS(g[0], g[1], g[2], half + j, 3)
             }
-            for (int i = 0; i < WIDE_SPAN; i++)
+            UNROLLED for (int i = 0; i < WIDE_SPAN; i++)
                 SPREAD_WIDE_WEIGHTS(half[3 * i], half[3 * i + 1], half[3 * i + 2], done + WIDE_SPAN * i, 1)
-            for (int place = 0; place < WIDE_PLACES; place++)
+            UNROLLED for (int place = 0; place < WIDE_PLACES; place++)
                 memcpy(to + place * apart + at, &done[place], BYTES);
         }
 }
