@@ -34,7 +34,7 @@ def chunks_of(reach: Tensor) -> int:
     A code and its zero point are both 0 to `WIDEST`: one less the other pulls weights of one sign up by no more than that, and
     those of the other sign down, or the other way round.
 
-    Args: reach: int64 [sides, out, in], of the positive weights of each kernel their sum, and of the negative ones; in whole fours.
+    Args: reach: int32 [sides, out, in], of the positive weights of each kernel their sum, and of the negative ones; in whole fours.
     """
     channels, count = reach.shape[2], 1
     while any(int(part.sum(2).max()) * WIDEST >= BELOW for part in reach.split(deep_of(channels, count), 2)):
@@ -49,7 +49,7 @@ def deep_of(channels: int, chunks: int) -> int:
 
 def _reach(codes: Tensor, rest: Tensor) -> Tensor:
     whole = codes.to(torch.int32) + rest.to(torch.int32).reshape(-1, 1, 1, 1)
-    return torch.stack([side.clamp(min=0).sum((2, 3)) for side in (whole, -whole)])
+    return torch.stack([side.clamp(min=0).sum((2, 3), dtype=torch.int32) for side in (whole, -whole)])
 
 
 class WideWeights:
@@ -61,13 +61,12 @@ class WideWeights:
     def __init__(self, weights: Weights, block: int) -> None:
         """Args: weights: codes int8 [out, in, 3, 3], with or without a rest; block: OUT of the C file."""
         self.out, channels = weights.codes.shape[:2]
-        more = -self.out % block
+        more, few = -self.out % block, -channels % FOUR
         rest = torch.zeros(self.out, dtype=torch.int16) if weights.rest is None else weights.rest.to(torch.int16)
-        padded = pad(weights.codes, (0, 0, 0, 0, 0, -channels % FOUR))
-        parts = zip(padded.split(block), rest.split(block), strict=True)  # all at once would take much memory
-        self.chunks = chunks_of(torch.cat([_reach(*part) for part in parts], 1))
-        self._deep = deep_of(padded.shape[1], self.chunks)
-        padded = pad(padded, (0, 0, 0, 0, 0, 0, 0, more))
+        parts = zip(weights.codes.split(block), rest.split(block), strict=True)  # all at once would take much memory
+        self.chunks = chunks_of(pad(torch.cat([_reach(*part) for part in parts], 1), (0, few)))
+        self._deep = deep_of(channels + few, self.chunks)
+        padded = pad(weights.codes, (0, 0, 0, 0, 0, few, 0, more)) if more or few else weights.codes
         blocks = padded.reshape(-1, block, padded.shape[1] // TWO, TWO, KERNEL)
         self._codes = blocks.permute(0, 2, 4, 1, 3).contiguous()
         self._rest = pad(rest, (0, more)).repeat_interleave(TWO)
