@@ -55,6 +55,7 @@ TCAQ_SINCE = {
     ),
     "whose last fit saw whole trajectories of a third of the calibration images, not parts of all "
     "([the same where they are 32](lab/ninth-trials.md))": ("6b2e792", "3095589"),
+    "whose stretches of steps repeated one where such a part was cut": ("7bf4318",),
 }  # fmt: skip
 """How `tcaq` was other than today, with the commits of cells that are of that."""
 WIDTHS = ("w8a8", "w6a6", "w4a8", "w4a6", "w4a4", "w3a4", "w2a4", "w4a3")
@@ -272,10 +273,12 @@ def grown(results: Mapping[str, Any]) -> list[str]:
     """The figure, and where integers stop paying."""
     models = {name: results[name]["w4a4"]["growth"] for name in TITLES if name in results}
     first = next(iter(models.values()))["batch"]
+    contenders = ",".join(row["name"] for row in first["rows"])
     lines = [
         "### As work grows, W4A4",
         "",
-        f"`python benchmarks/speed.py --only growth --widths w4a4 --results benchmarks/results/growth.json`: {first['processor']}, "
+        f"`python benchmarks/speed.py --only growth --widths w4a4 --growing {contenders} --results "
+        f"benchmarks/results/growth.json`: {first['processor']}, "
         f"{'with' if first['vnni'] else 'without'} VNNI, {first['threads']} threads, nothing else running.",
         "",
         "![times as fast as fp32 over batch and size](images/growth.png)",

@@ -40,6 +40,14 @@ def test_no_stretch_goes_over_a_gap():
     assert stretches(part, 2).tolist() == [[0, 1], [0, 1], [0, 1], [2, 3], [2, 3], [2, 3]]
 
 
+def test_steps_that_a_gap_leaves_alone_are_in_no_stretch():
+    known = trajectories([9, 6, 3, 0, -3])
+    part = Drawn(known, torch.tensor([0, 2, 3, 4]), torch.tensor([2, 2, 2, 2]))
+    assert set(stretches(part, 2).flatten().tolist()) == {1, 2, 3}
+    short = Drawn(known, torch.tensor([0, 2]), torch.tensor([2, 2]))
+    assert stretches(short, 2).tolist() == [[0, 0], [0, 0], [1, 1], [1, 1]]
+
+
 def test_windows_cover_all_steps_about_alike():
     [part] = draw_windows(trajectories(list(range(50, 0, -1)), 96), 1600, 4, seed=0)
     counts = torch.bincount(part.calls, minlength=50)

@@ -207,7 +207,7 @@ def test_beta_waits_then_falls():
 def test_a_part_of_the_loss_is_what_stretches_of_steps_come_to(ready):
     """Against one row after another in float64: every row's own error, and that of the mean over each stretch."""
     unit = next(u for u in ready.units if u.name == "up_blocks.1.resnets.0")
-    with make(ready, stretch=2, batch=6, inputs=100, drop=0.0, together=0.25) as reconstructor:
+    with make(ready, stretch=2, batch=6, inputs=12, drop=0.0, together=0.25) as reconstructor:
         lessons, how = reconstructor._lessons(unit), reconstructor.how
         clock, (teaching,) = clock_of(ready.unet), lessons.parts
         _, initial = measure(unit, lessons, clock, how.spec)

@@ -45,7 +45,7 @@ def stretches(part: Drawn, length: int) -> Tensor:
     """Rows of a part that are `length` steps of one image in a row, int64 [n, length]; the halves of guidance apart.
 
     The first and the last stretch of steps without a gap come `length` times, so that a trajectory's ends are drawn no less than
-    its middle. Fewer steps than `length` repeat the last.
+    its middle. Where a gap leaves fewer steps than `length`, they are in none; a trajectory that has no more repeats its last.
     """
     steps = part.trajectories.steps
     turn = torch.arange(len(steps)) - torch.searchsorted(steps, steps)
@@ -55,7 +55,9 @@ def stretches(part: Drawn, length: int) -> Tensor:
         rows = torch.nonzero((own == run).all(dim=1))[:, 0]
         rows = rows[part.calls[rows].argsort()]
         gaps = torch.nonzero(steps[part.calls[rows]].diff() > 1)[:, 0] + 1
-        found += [_stretches_of(piece, length) for piece in rows.tensor_split(gaps)]
+        pieces = rows.tensor_split(gaps)
+        long = [piece for piece in pieces if len(piece) >= length]
+        found += [_stretches_of(piece, length) for piece in long or pieces]
     return torch.cat(found)
 
 
