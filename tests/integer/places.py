@@ -1,4 +1,4 @@
-"""Where integer kernels are tested: every backend on the CPU, and on a GPU where there is one.
+"""Where integer kernels are tested, and with what numbers: every backend on the CPU, and on a GPU where there is one.
 
 Without a GPU, Triton's interpreter runs its programs (tests/conftest.py asks for it), statement by statement, in numpy.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from tcaq.integer.cpu import CPU
 from tcaq.integer.cuda import CUDA
@@ -30,6 +31,10 @@ HAS_AVX512_VNNI = "avx512_vnni" in Path("/proc/cpuinfo").read_text() if Path("/p
 WITH_AVX512_VNNI = pytest.mark.skipif(
     shutil.which("cc") is None or not HAS_AVX512_VNNI, reason="there is no C compiler, or no AVX-512 VNNI"
 )
+EACH = pytest.mark.parametrize(
+    "maker", [pytest.param("AVX2", marks=WITH_AVX2), pytest.param("VNNI", marks=WITH_AVX512_VNNI)]
+)
+"""For tests of what both sets of instructions make."""
 PLACES = [
     pytest.param((CPU, "cpu"), id="cpu"),
     pytest.param((COMPILED, "cpu"), id="cpu, compiled", marks=WITH_COMPILER),
@@ -41,3 +46,8 @@ PLACES = [
 EVERYWHERE = pytest.mark.parametrize("place", PLACES)
 THREADS = pytest.mark.parametrize("threads", [1, 2])
 """For tests that set them, with `threads_after`."""
+
+
+def numbers(shape: tuple[int, ...], low: int, high: int, dtype: torch.dtype) -> Tensor:
+    """The same random whole numbers at each call."""
+    return torch.randint(low, high + 1, shape, generator=torch.Generator().manual_seed(0)).to(dtype)

@@ -23,16 +23,12 @@ from tcaq.integer.native.compiler import CompilerError, compiled
 from tcaq.integer.native.kernels import COMPILED
 from tcaq.integer.native.vnni_kernels import VNNI, VNNI_WIDE
 from tcaq.integer.native.winograd import FEWEST, LARGEST, SAME
-from tcaq.integer.native.winograd_kernels import WinogradConv
+from tcaq.integer.native.winograd_kernels import WideWinogradConv, WinogradConv
 from tcaq.integer.trial import LONGEST
 
-from .places import THREADS, WITH_AVX2
+from .places import THREADS, WITH_AVX2, numbers
 
 pytestmark = WITH_AVX2
-
-
-def numbers(shape: tuple[int, ...], low: int, high: int, dtype: torch.dtype) -> Tensor:
-    return torch.randint(low, high + 1, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 def expected(codes: Tensor, weight: Tensor, zero_point: int, geometry: Geometry, rest: Tensor | None = None) -> Tensor:
@@ -182,11 +178,16 @@ def test_it_is_taken_where_there_is_no_vnni(tiny_pipeline, quantized_tiny, monke
     assert kernels(vnni=True, helps=True) == {COMPILED.conv}
 
 
+@pytest.mark.parametrize(
+    ("bits", "backend", "kernel"), [(4, AVX2_NARROW, WinogradConv), (8, AVX2_WIDE, WideWinogradConv)]
+)
 @torch.no_grad()
-def test_four_bits_have_winograds_form_there_and_predict_the_same(tiny_pipeline, quantized_tiny, monkeypatch) -> None:
+def test_convolutions_have_winograds_form_there_and_predict_the_same(
+    bits: int, backend: Backend, kernel: type, tiny_pipeline, quantized_tiny, monkeypatch
+) -> None:
     def lowered(*backends: Backend) -> UNet2DModel:
         monkeypatch.setitem(BACKENDS, "cpu", backends)
-        pipe = quantized_tiny(tiny_pipeline((8, FEWEST, FEWEST)), activations=4)
+        pipe = quantized_tiny(tiny_pipeline((8, FEWEST, FEWEST)), weights=bits, activations=bits)
         tcaq.lower(pipe)
         return pipe.unet
 
@@ -195,8 +196,8 @@ def test_four_bits_have_winograds_form_there_and_predict_the_same(tiny_pipeline,
 
     monkeypatch.setattr(avx2_kernels, "has_vnni", lambda: False)
     monkeypatch.setattr(native_products(), "helps", True)
-    own, others = lowered(AVX2_NARROW, AVX2, COMPILED), lowered(COMPILED)
-    assert kernels(own) == {WinogradConv, Avx2Conv}
+    own, others = lowered(backend, AVX2, COMPILED), lowered(COMPILED)
+    assert kernels(own) == {kernel, Avx2Conv}
     assert kernels(others) == {COMPILED.conv}
     x, when = torch.randn(2, 1, 16, 16), torch.tensor(500)
     torch.testing.assert_close(own(x, when).sample, others(x, when).sample, rtol=1e-5, atol=1e-5)

@@ -8,7 +8,6 @@ import pickle
 import pytest
 import torch
 from diffusers import UNet2DModel
-from torch import Tensor
 from torch.nn.functional import conv2d
 
 import tcaq
@@ -24,13 +23,9 @@ from tcaq.integer.native.winograd import FEWEST, SAME
 from tcaq.integer.native.winograd_kernels import WinogradConv
 from tcaq.integer.trial import LONGEST
 
-from .places import THREADS, WITH_AVX512_VNNI
+from .places import THREADS, WITH_AVX512_VNNI, numbers
 
 pytestmark = WITH_AVX512_VNNI
-
-
-def numbers(shape: tuple[int, ...], low: int, high: int, dtype: torch.dtype) -> Tensor:
-    return torch.randint(low, high + 1, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 MATRICES = [

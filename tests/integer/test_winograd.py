@@ -23,17 +23,10 @@ from tcaq.integer.native.winograd import (
     unsuited,
 )  # fmt: skip
 
-from .places import THREADS, WITH_AVX2, WITH_AVX512_VNNI
+from .places import EACH, THREADS, numbers
 
 MAKERS = {"AVX2": (native_products, avx2.BLOCK, NARROW), "VNNI": (native_vnni, vnni.BLOCK, HIGHEST)}
 """What makes them, output channels at once, and the largest code."""
-EACH = pytest.mark.parametrize(
-    "maker", [pytest.param("AVX2", marks=WITH_AVX2), pytest.param("VNNI", marks=WITH_AVX512_VNNI)]
-)
-
-
-def numbers(shape: tuple[int, ...], low: int, high: int, dtype: torch.dtype) -> Tensor:
-    return torch.randint(low, high + 1, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 def expected(codes: Tensor, weight: Tensor, zero_point: int) -> Tensor:

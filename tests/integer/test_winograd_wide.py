@@ -4,36 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import UNet2DModel
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-import tcaq
 from tcaq.integer.backend import Backend, Geometry, Span, Weights
-from tcaq.integer.layer import IntegerConv2d
-from tcaq.integer.lower import BACKENDS
 from tcaq.integer.native import avx2, avx2_kernels, vnni, vnni_kernels
 from tcaq.integer.native.avx2 import native_products
-from tcaq.integer.native.avx2_kernels import AVX2, AVX2_WIDE, Avx2Conv
+from tcaq.integer.native.avx2_kernels import AVX2_WIDE
 from tcaq.integer.native.compiler import CompilerError
-from tcaq.integer.native.kernels import COMPILED
 from tcaq.integer.native.vnni import native_vnni
 from tcaq.integer.native.vnni_kernels import VNNI_WIDE
 from tcaq.integer.native.winograd import FEWEST, FOUR, SAME
-from tcaq.integer.native.winograd_kernels import WideWinogradConv
 from tcaq.integer.native.winograd_wide import BELOW, WIDEST, WideWeights, chunks_of, deep_of
 
-from .places import THREADS, WITH_AVX2, WITH_AVX512_VNNI
+from .places import EACH, THREADS, WITH_AVX2, WITH_AVX512_VNNI, numbers
 
 MAKERS = {"AVX2": (native_products, avx2.BLOCK, avx2), "VNNI": (native_vnni, vnni.BLOCK, vnni)}
 """What makes them, output channels at once, and the module that compiles it."""
-EACH = pytest.mark.parametrize(
-    "maker", [pytest.param("AVX2", marks=WITH_AVX2), pytest.param("VNNI", marks=WITH_AVX512_VNNI)]
-)
-
-
-def numbers(shape: tuple[int, ...], low: int, high: int, dtype: torch.dtype) -> Tensor:
-    return torch.randint(low, high + 1, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 def expected(codes: Tensor, weight: Tensor, zero_point: int, rest: Tensor | None = None) -> Tensor:
@@ -182,27 +169,6 @@ def test_what_it_is_not_for_has_a_reason(backend: Backend, span: Span, fewest: i
         assert f"from {fewest} channels" in backend.conv_problem(few, SAME, span)
     for other in (Geometry(), Geometry((2, 2), (1, 1)), Geometry(padding=(1, 1), groups=2)):
         assert "keep the size" in backend.conv_problem((fewest, fewest, 3, 3), other, span)
-
-
-@WITH_AVX2
-@torch.no_grad()
-def test_eight_bits_have_this_form_and_predict_the_same(tiny_pipeline, quantized_tiny, monkeypatch) -> None:
-    def lowered(*backends: Backend) -> UNet2DModel:
-        monkeypatch.setitem(BACKENDS, "cpu", backends)
-        pipe = quantized_tiny(tiny_pipeline((8, FEWEST, FEWEST)), weights=8, activations=8)
-        tcaq.lower(pipe)
-        return pipe.unet
-
-    def kernels(unet: UNet2DModel) -> set[type]:
-        return {type(layer._kernel) for layer in unet.modules() if isinstance(layer, IntegerConv2d)}
-
-    monkeypatch.setattr(avx2_kernels, "has_vnni", lambda: False)
-    monkeypatch.setattr(native_products(), "helps", True)
-    own, others = lowered(AVX2_WIDE, AVX2, COMPILED), lowered(COMPILED)
-    assert kernels(own) == {WideWinogradConv, Avx2Conv}
-    assert kernels(others) == {COMPILED.conv}
-    x, when = torch.randn(2, 1, 16, 16), torch.tensor(500)
-    torch.testing.assert_close(own(x, when).sample, others(x, when).sample, rtol=1e-5, atol=1e-5)
 
 
 CHANGES = {
