@@ -35,7 +35,7 @@ ROWS = ("tcaq-w4a4", *LONGER)
 
 def quantized(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Make a row's checkpoint; how, and what that took."""
-    options = [*cells("full")[name], *map(str, flags(args)), "--device", args.device]
+    options = [*cells("full")[name], *map(str, flags(args)), "--device", args.device, "--batch", args.calibration_batch]
     said = io.StringIO()
     with redirect_stdout(said):
         app(["quantize", args.model, "--output", str(args.output / name), *options, "--json"], standalone_mode=False)
@@ -66,6 +66,7 @@ def main() -> None:
     add_model(parser)
     add_protocol(parser, num=5000)
     parser.add_argument("--batch", type=int, default=250, help="images at a time")
+    parser.add_argument("--calibration-batch", default="32", help="images at a time where a GPU waits for launches: 96")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", nargs="+", choices=ROWS, default=ROWS)
     parser.add_argument("--quantize-only", action="store_true", help="make the checkpoints and no more")

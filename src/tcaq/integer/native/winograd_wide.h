@@ -11,13 +11,12 @@
    may not be, channels are added up in chunks, for which they are.
    Liu and Mattina (Efficient residue number system based Winograd convolution, ECCV 2020) take several small moduli for larger forms.
 
-   Whoever includes this has included `winograd.h`, said how many tiles are multiplied at once (WIDE_TILES), and has a `multiply_places`
-   that does it. */
+   Whoever includes this has included `winograd.h`, said how many tiles are multiplied at once (WIDE_TILES) and how many bytes of
+   transformed inputs a thread makes at once (WIDE_NEAR), and has a `multiply_places` that multiplies them. */
 
 #define WIDE_SIDE 4    /* output pixels of a tile */
 #define WIDE_SPAN 6    /* input pixels */
 #define WIDE_PLACES 36 /* transformed numbers */
-#define WIDE_NEAR 1048576 /* bytes of transformed inputs that a thread makes at once */
 #define NINTH 0x38e38e39  /* times nine is one, modulo 2^32 */
 #define UNROLLED _Pragma("GCC unroll 36") /* compilers leave loops over places as they are, and what they hold in memory */
 
