@@ -224,7 +224,7 @@ def test_runtimes_leave_the_rounding_to_powers_of_two_as_it_is(form, per_octave,
     quantizer.set_rows(torch.tensor([0.05, 0.06]), torch.tensor([0.9, 0.37]), torch.tensor(chosen))
     scores = torch.randn(2, 3, 64, 48, generator=draw) * torch.linspace(0.1, 8, 64).reshape(-1, 1)
     interface = Interface(
-        ("sample", "timestep"), (Input("sample", "float32", {0: "batch"}), Input("timestep", "float32", {}))
+        ("sample", "timestep"), (Input("sample", "float32", {0: "rows"}), Input("timestep", "float32", {}))
     )
     module, path = (onnx, tmp_path / "p.onnx") if form == "onnx" else (openvino, tmp_path / "p.xml")
     module.write_traced(Attended(quantizer).eval(), Example(interface, (scores, torch.zeros(1))), path)

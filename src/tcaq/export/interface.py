@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 TIMESTEP = "timestep"
+BATCH = "batch"
+"""The name of the axis that has a row for each sample."""
 DTYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool}
 
 
@@ -28,7 +30,7 @@ class Input:
     @property
     def by_image(self) -> bool:
         """Whether it has a row for each sample of the batch."""
-        return self.free.get(0) == "batch"
+        return self.free.get(0) == BATCH
 
     def cast(self, value: Any) -> Tensor:
         """A value as the graph takes it, on the CPU."""
@@ -70,8 +72,8 @@ class Interface:
         return Interface(tuple(content["arguments"]), tuple(inputs))
 
 
-IMAGE = {0: "batch", 2: "height", 3: "width"}
-TEXT = {0: "batch", 1: "text"}
+IMAGE = {0: BATCH, 2: "height", 3: "width"}
+TEXT = {0: BATCH, 1: "text"}
 UNCONDITIONAL = Interface(("sample", TIMESTEP), (Input("sample", "float32", IMAGE), Input(TIMESTEP, "float32", {})))
 """That of a denoiser of images without conditions."""
 FREE: dict[str, dict[str, dict[int, str]]] = {
@@ -84,7 +86,7 @@ FREE: dict[str, dict[str, dict[int, str]]] = {
     },
     "SD3Transformer2DModel": {"hidden_states": IMAGE, "encoder_hidden_states": TEXT},
     "FluxTransformer2DModel": {
-        "hidden_states": {0: "batch", 1: "tokens"}, "encoder_hidden_states": TEXT,
+        "hidden_states": {0: BATCH, 1: "tokens"}, "encoder_hidden_states": TEXT,
         "img_ids": {0: "tokens"}, "txt_ids": {0: "text"},
     },
 }  # fmt: skip

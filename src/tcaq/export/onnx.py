@@ -21,8 +21,10 @@ from tcaq.export.columns import MIDDLE, Columns
 from tcaq.export.example import Example
 from tcaq.export.folder import read_folder, write_folder
 from tcaq.export.operator import operator
+from tcaq.export.interface import BATCH
 from tcaq.export.parts import joined_group_norms
 from tcaq.export.runtime import Predict
+from tcaq.export.shared import Shared
 from tcaq.export.standin import Codes, Steps
 from tcaq.export.traceable import Traceable
 from tcaq.export.windows import windows
@@ -126,18 +128,29 @@ def write_traced(traced: nn.Module, example: Example, path: Path) -> None:
 
 
 def open_onnx(path: Path) -> Predict:
-    """A session of ONNX Runtime on the CPU. Raises: MissingExtraError, CheckpointError if the file cannot be read."""
+    """Sessions of ONNX Runtime on the CPU. Raises: MissingExtraError, CheckpointError if the file cannot be read."""
     require()
+    single = _session(path, 1)
+    by_image = [given.shape[:1] == [BATCH] for given in single.get_inputs()]
+    return Shared(
+        _predict(single), lambda threads: _predict(_session(path, threads)), by_image, torch.get_num_threads()
+    )
+
+
+def _session(path: Path, threads: int) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = threads
     # its threads would keep a core busy for a while after each prediction, while the scheduler's work waits
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no public base
         raise CheckpointError(f"ONNX Runtime cannot read {path}: {error}") from error
+
+
+def _predict(session: Any) -> Predict:
     names = [given.name for given in session.get_inputs()]
 
     def predict(*arrays: NDArray[Any]) -> NDArray[np.float32]:
