@@ -20,8 +20,8 @@ from tcaq.errors import CheckpointError, MissingExtraError
 from tcaq.export.columns import MIDDLE, Columns
 from tcaq.export.example import Example
 from tcaq.export.folder import read_folder, write_folder
-from tcaq.export.operator import operator
 from tcaq.export.interface import BATCH
+from tcaq.export.operator import operator
 from tcaq.export.parts import joined_group_norms
 from tcaq.export.runtime import Predict
 from tcaq.export.shared import Shared

@@ -28,8 +28,8 @@ class Shared:
     def __init__(
         self, single: Predict, opened: Callable[[int], Predict], by_image: Sequence[bool], threads: int
     ) -> None:
-        """Args: single: a session of one thread, which several threads may call at once; opened: makes one of so many; by_image: for
-        each input, whether it has a row for each image."""
+        """Args: single: a session of one thread, which several threads may call at once; opened: makes one of so many; by_image:
+        for each input, whether it has a row for each image."""
         self._kept, self._opened = (1, single), opened
         self._by_image, self._threads, self._pool = by_image, threads, ThreadPoolExecutor(threads)
 
