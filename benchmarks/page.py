@@ -327,8 +327,9 @@ def iterated(results: Mapping[str, Any]) -> list[str]:
         "### More iterations for each unit",
         "",
         f"`python benchmarks/iterations.py --device cuda --calibration-batch 96`: W4A4 as above, {results['num']} images, "
-        f"quantized and sampled on one {first['device']}; 20 000 are the field's default. Where graphs are replayed an iteration costs "
-        "little, and what all rows share weighs most; on processors 200 iterations of all units take four minutes, 20 000 seven hours.",
+        f"quantized and sampled on one {first['device']}; 20 000 are the field's default. Where graphs are replayed an iteration "
+        "costs little, and what all rows share weighs most; on processors 200 iterations of all units take four minutes, "
+        "20 000 seven hours.",
         "",
         "| iterations | FD | ratio | PSNR dB | FD to float | quantizing, s | fits of units, s | code |",
         "|---|---|---|---|---|---|---|---|",

@@ -28,7 +28,7 @@ int32_t helps(void) {
 #define ROWS 96  /* of a matrix for which a block of weights is read once: whole TILES */
 #define ALONE 2097152 /* products that one thread has made before another has begun */
 #define WIDE_TILES 6 /* the same for numbers of 16 bits: twelve vectors of sums, as few tiles as keep the processor busy */
-#define WIDE_NEAR 1572864 /* bytes of their inputs: fewer fit the second cache, and let weights be transformed for too few of them */
+#define WIDE_NEAR 1572864 /* bytes of their inputs and sums: less stays in the second cache, and has weights transformed for few of them */
 #include "winograd.h"
 #include "winograd_wide.h"
 

@@ -12,7 +12,7 @@
    Liu and Mattina (Efficient residue number system based Winograd convolution, ECCV 2020) take several small moduli for larger forms.
 
    Whoever includes this has included `winograd.h`, said how many tiles are multiplied at once (WIDE_TILES) and how many bytes of
-   transformed inputs a thread makes at once (WIDE_NEAR), and has a `multiply_places` that multiplies them. */
+   transformed inputs and sums a thread makes at once (WIDE_NEAR), and has a `multiply_places` that multiplies them. */
 
 #define WIDE_SIDE 4    /* output pixels of a tile */
 #define WIDE_SPAN 6    /* input pixels */
@@ -42,9 +42,10 @@ static void multiply_places(const int16_t *inputs, int64_t apart, int64_t tiles,
 /* Channels with those that make up whole fours. */
 static int64_t padded(int64_t channels) { return 4 * fours(channels); }
 
-/* Tiles that a thread transforms before it multiplies them: whole groups of WIDE_TILES, as many of its share as are near, all parts alike. */
+/* Tiles that a thread transforms before it multiplies them: whole groups of WIDE_TILES, as many of its share as are near with their sums, all
+   parts alike. */
 static int64_t wide_together(int64_t channels, int64_t tiles, int64_t threads) {
-    int64_t group = WIDE_PLACES * 2 * padded(channels) * WIDE_TILES, near = WIDE_NEAR / group;
+    int64_t group = WIDE_PLACES * (2 * padded(channels) + 4 * OUT) * WIDE_TILES, near = WIDE_NEAR / group;
     int64_t share = (tiles + threads * WIDE_TILES - 1) / (threads * WIDE_TILES), parts = near ? (share + near - 1) / near : share;
     return WIDE_TILES * ((share + parts - 1) / parts);
 }
