@@ -17,6 +17,7 @@
 #define WIDE_SIDE 4    /* output pixels of a tile */
 #define WIDE_SPAN 6    /* input pixels */
 #define WIDE_PLACES 36 /* transformed numbers */
+#define WIDE_ENOUGH 96 /* tiles that products are made for at once, for which to transform weights takes a twentieth of that */
 #define NINTH 0x38e38e39  /* times nine is one, modulo 2^32 */
 #define UNROLLED _Pragma("GCC unroll 36") /* compilers leave loops over places as they are, and what they hold in memory */
 
@@ -42,10 +43,10 @@ static void multiply_places(const int16_t *inputs, int64_t apart, int64_t tiles,
 /* Channels with those that make up whole fours. */
 static int64_t padded(int64_t channels) { return 4 * fours(channels); }
 
-/* Tiles that a thread transforms before it multiplies them: whole groups of WIDE_TILES, as many of its share as are near with their sums, all
-   parts alike. */
+/* Tiles that a thread transforms before it multiplies them: whole groups of WIDE_TILES, as many of its share as are enough or near with their
+   sums, all parts alike. */
 static int64_t wide_together(int64_t channels, int64_t tiles, int64_t threads) {
-    int64_t group = WIDE_PLACES * (2 * padded(channels) + 4 * OUT) * WIDE_TILES, near = WIDE_NEAR / group;
+    int64_t group = WIDE_PLACES * (2 * padded(channels) + 4 * OUT) * WIDE_TILES, near = least(WIDE_ENOUGH / WIDE_TILES, WIDE_NEAR / group);
     int64_t share = (tiles + threads * WIDE_TILES - 1) / (threads * WIDE_TILES), parts = near ? (share + near - 1) / near : share;
     return WIDE_TILES * ((share + parts - 1) / parts);
 }
