@@ -204,13 +204,21 @@ def ablation(title: str, bits: str, done: Mapping[str, Any], spread: Mapping[str
     rows = [row(text, done[name], spread.get(name, {})) for name, text in cells.items() if name in done]
     if len(rows) < 2:
         return []
-    more = [
-        f"{text} {spread[name]['more']:+.3f} ± {spread[name]['error of more']:.3f}"
-        for name, text in cells.items()
-        if "more" in spread.get(name, {})
+    steps = f"steps-{bits}"
+    above: dict[str, list[str]] = {whole: [] for whole in ("that by steps", "the whole recipe")}
+    for name, text in cells.items():
+        if "more" in spread.get(name, {}):
+            own = spread[name]
+            old = steps in done and (name == steps or "commit" not in done[name])
+            above["that by steps" if old else "the whole recipe"].append(
+                f"{text} {own['more']:+.3f} ± {own['error of more']:.3f}"
+            )
+    paired = [
+        line
+        for whole, found in above.items()
+        if found
+        for line in (f"Ratio above {whole}, image by image: {'; '.join(found)}.", "")
     ]
-    whole = "that by steps" if f"steps-{bits}" in done else "the whole recipe"
-    paired = [f"Ratio above {whole}, image by image: {'; '.join(more)}.", ""] if more else []
     return [f"### {title}", "", HEAD.format("tcaq"), *rows, "", *paired]
 
 
