@@ -36,7 +36,7 @@ int32_t helps(void) {
 #define PIXELS 6  /* multiplied with it at once: twelve vectors of sums, of the sixteen that a processor has */
 #define TILES 12  /* whole PIXELS */
 #define WIDE_TILES PIXELS
-#define WIDE_NEAR 1048576 /* bytes of their inputs and sums */
+#define WIDE_NEAR 1310720 /* bytes of their inputs and sums */
 #define SHARED 96 /* pixels for which a block is read, and made wide, once */
 #define DEEP 512  /* fours of narrow weights for each output channel, as many of a block as stay in the first cache */
 #define LONGEST 4096 /* numbers in a row of the left one of two matrices, for which there is room */
