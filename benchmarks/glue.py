@@ -79,7 +79,7 @@ def attention() -> dict[str, Callable[[], Tensor]]:
         "C: softmax, then codes": lambda: glue.signed(torch.softmax(scores, -1), *even),
         "C: softmax and codes": lambda: glue.softmax_signed(scores, *even),
         "C: softmax, then log2 grid": lambda: glue.fake_log2(torch.softmax(scores, -1), *powers),
-        "C: softmax and log2 grid": lambda: glue.softmax_log2(scores, *powers),
+        "C: softmax and log2 grid": lambda: glue.softmax_log2(scores.clone(), *powers),
     }
 
 

@@ -355,16 +355,17 @@ def test_codes_of_a_softmax_are_pytorchs_but_for_halves(low, high, kind, threads
 @WITH_COMPILER
 @THREADS
 @pytest.mark.parametrize("kind", ["plain", "masked", "far off"])
-@pytest.mark.parametrize(("bits", "per_octave"), [(2, 1), (4, 1), (4, 2), (8, 16)])
+@pytest.mark.parametrize(("bits", "per_octave"), [(2, 1), (4, 1), (4, 2), (6, 4), (8, 1), (8, 16)])
 def test_powers_of_a_softmax_are_pytorchs_but_for_halves(bits, per_octave, kind, threads, threads_after) -> None:
     torch.set_num_threads(threads)
     scores, peak = scores_of(kind), 0.7
-    found = native_glue().softmax_log2(scores, peak, bits, per_octave)
+    found = native_glue().softmax_log2(scores.clone(), peak, bits, per_octave)
     p = torch.softmax(scores.double(), dim=-1)
     expected = eager_log2(p.float(), peak, bits, per_octave)
     units = -per_octave * (p / peak).log2()
     near_an_edge = (units - units.floor() - 0.5).abs() < 1e-5 * (1 + units.abs())
-    assert ((found == expected) | near_an_edge | (p < 1e-37)).all()
+    alike = (found - expected).abs() <= 2.5e-7 * expected  # two digits of the last place
+    assert (alike | near_an_edge | (p < 1e-37)).all()
     assert (found[p < 1e-38] == 0).all()
     assert near_an_edge.double().mean() < 0.01
     turned = scores_of("plain").mT

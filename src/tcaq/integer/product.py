@@ -76,7 +76,7 @@ class IntegerProduct(QuantizedProduct):
     def of_softmax(self, scores: Tensor, right: Tensor) -> Tensor | None:
         """`softmax(scores) @ right`, the softmax in one pass with its quantization; None where there is no such way.
 
-        Args: scores: float [batch, heads, tokens, tokens].
+        Args: scores: float [batch, heads, tokens, tokens]; overwritten.
         """
         groups, (left, _) = set(step_rows(product_clock(self))), self.operands.values()
         if self.mode is not Mode.FAKE or scores.dtype != torch.float32 or scores.shape[-1] > LONGEST or len(groups) > 1:

@@ -35,12 +35,8 @@ static inline int32_t code(float units, Grid grid) {
     return (int32_t)code;
 }
 
-/* e^x to about one unit in the last place (Cephes' polynomial), for x in what float32 can hold; beyond, what is next to it. */
-static inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
-    float twos = rintf(x * 1.44269504088896341f);
-    float rest = x - twos * 0.693359375f + twos * 2.12194440e-4f;
+/* 2^twos e^rest to about one unit in the last place (Cephes' polynomial). Args: twos: whole, -126 to 127; rest: at most half of log 2. */
+static inline float power_of(float twos, float rest) {
     float power = 1.9875691500e-4f;
     power = power * rest + 1.3981999507e-3f;
     power = power * rest + 8.3334519073e-3f;
@@ -52,6 +48,14 @@ static inline float exponential(float x) {
     float scale;
     memcpy(&scale, &bits, sizeof scale);
     return power * scale;
+}
+
+/* e^x for x in what float32 can hold; beyond, what is next to it. */
+static inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    float twos = rintf(x * 1.44269504088896341f);
+    return power_of(twos, x - twos * 0.693359375f + twos * 2.12194440e-4f);
 }
 
 /* As many pixels as their values make whole vectors of bytes; one where pixels are so wide that what is left over costs nothing. */
@@ -305,25 +309,27 @@ void softmax_encode(const float *x, uint8_t *codes, int64_t rows, int64_t column
     }
 }
 
-/* What a row's softmax is on a log2 grid: the logarithm of e^(x - top) / sum / peak is a line in x. offset: log2(sum * peak). */
-static void share_powers(const float *restrict x, float *restrict out, int64_t count, float top, float offset, float per_octave,
-                         float last, const float *restrict values) {
+/* What a row's softmax is on a log2 grid: the logarithm of e^(x - top) / sum / peak is a line in x. offset: log2(sum * peak). Powers are
+   computed: some processors look up sixteen numbers in more time than that. */
+static void share_powers(float *x, int64_t count, float top, float offset, float peak, float per_octave, float last) {
+    float step = 1 / per_octave;
 #pragma omp simd
     for (int64_t i = 0; i < count; i++) {
         float code = rintf(per_octave * (offset - (x[i] - top) * 1.44269504088896341f));
         code = code < 0.0f ? 0.0f : code;
         code = code > last ? last : code;
-        out[i] = values[(int32_t)code];
+        float octaves = code * step, whole = rintf(octaves);
+        float power = peak * power_of(-whole, (whole - octaves) * 0.69314718055994531f);
+        x[i] = code < last && octaves < 126.0f ? power : 0.0f; /* smaller ones are no normal numbers */
     }
 }
 
-/* x: [rows, columns] -> what `fake_log2` makes of softmax(x) over columns. */
-void softmax_log2(const float *x, float *out, int64_t rows, int64_t columns, float peak, float per_octave, float last,
-                  const float *values, int32_t threads) {
+/* x: [rows, columns], becomes what `fake_log2` makes of softmax(x) over columns, but for the last digit. */
+void softmax_log2(float *x, int64_t rows, int64_t columns, float peak, float per_octave, float last, int32_t threads) {
 #pragma omp parallel for num_threads(threads) if (rows * columns > ALONE)
     for (int64_t row = 0; row < rows; row++) {
-        const float *own = x + row * columns;
+        float *own = x + row * columns;
         float top = largest(own, columns), offset = (float)log2((double)exponential_sum(own, columns, top) * peak);
-        share_powers(own, out + row * columns, columns, top, offset, per_octave, last, values);
+        share_powers(own, columns, top, offset, peak, per_octave, last);
     }
 }

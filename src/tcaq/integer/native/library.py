@@ -61,9 +61,7 @@ class NativeGlue:
         self._scale_sums = _function(functions.scale_sums, *[pointer] * 4, size, size, c_float, c_int32)
         self._fake_log2 = _function(functions.fake_log2, pointer, pointer, size, *[c_float] * 3, pointer, c_int32)
         self._softmax_encode = _function(functions.softmax_encode, pointer, pointer, size, size, _Grid, c_int32)
-        self._softmax_log2 = _function(
-            functions.softmax_log2, pointer, pointer, size, size, *[c_float] * 3, pointer, c_int32
-        )
+        self._softmax_log2 = _function(functions.softmax_log2, pointer, size, size, *[c_float] * 3, c_int32)
         self._add_windows = _function(functions.add_windows, *[pointer] * 3, *[size] * 4, _Window, c_int32, c_int32)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -163,13 +161,12 @@ class NativeGlue:
         return codes
 
     def softmax_log2(self, scores: Tensor, peak: float, bits: int, per_octave: int) -> Tensor:
-        """The same for `fake_log2`."""
+        """The same for `fake_log2`, in the memory of the scores if it can be."""
         if not self.takes(scores, -1):
             return self.fake_log2(torch.softmax(scores, dim=-1), peak, bits, per_octave)
-        values, hats, last = log2_values(peak, bits, per_octave), torch.empty_like(scores), 2**bits - 1
-        addresses, shape = (scores.data_ptr(), hats.data_ptr()), _matrix(scores.shape)
-        self._softmax_log2(*addresses, *shape, peak, per_octave, last, values.data_ptr(), torch.get_num_threads())
-        return hats
+        grid = peak, per_octave, 2**bits - 1
+        self._softmax_log2(scores.data_ptr(), *_matrix(scores.shape), *grid, torch.get_num_threads())
+        return scores
 
     def scale_sums(self, sums: Tensor, row: Tensor | None, column: Tensor | None, scale: float, out: Tensor) -> None:
         """See `cpu.scale_sums`."""
