@@ -55,7 +55,6 @@ TCAQ_SINCE = {
     ),
     "whose last fit saw whole trajectories of a third of the calibration images, not parts of all "
     "([the same where they are 32](lab/ninth-trials.md))": ("6b2e792", "3095589"),
-    "whose stretches of steps repeated one where such a part was cut": ("7bf4318",),
 }  # fmt: skip
 """How `tcaq` was other than today, with the commits of cells that are of that."""
 WIDTHS = ("w8a8", "w6a6", "w4a8", "w4a6", "w4a4", "w3a4", "w2a4", "w4a3")
