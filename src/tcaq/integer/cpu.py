@@ -200,6 +200,8 @@ def float_product(left: Tensor, right: Tensor) -> Tensor:
     if not wide or left[0].numel() * right.shape[2] < LARGE or not _has_linear():
         return torch.bmm(left, right)
     result = torch.empty(*left.shape[:2], right.shape[2])
+    # of matrices with gaps, as several heads' are, it makes a hundred times slower loops
+    left, right = _dense(left), _dense(right)
     for i in range(len(left)):
         result[i] = torch.ops.mkldnn._linear_pointwise(left[i], right[i].mT, None, "none", [], "")
     return result
