@@ -183,6 +183,24 @@ def test_products_of_floats(size: int, known: bool, monkeypatch: pytest.MonkeyPa
     )
 
 
+def test_onednn_multiplies_matrices_without_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of several heads have gaps, for which it has slow loops."""
+    seen: list[Tensor] = []
+
+    def product(left: Tensor, right: Tensor, *_: object) -> Tensor:
+        seen.extend((left, right))
+        return left @ right.mT
+
+    monkeypatch.setattr(cpu, "_has_linear", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", product, raising=False)
+    heads = torch.randn(256, 2, 48).transpose(0, 1)
+    left = torch.rand(256, 2, 256).transpose(0, 1)
+    torch.testing.assert_close(cpu.float_product(left, heads), left @ heads)
+    assert len(seen) == 4
+    assert all(matrix.is_contiguous() or matrix.mT.is_contiguous() for matrix in seen)
+
+
 @pytest.mark.parametrize("inner", [1, 64, cpu.EXACT, cpu.EXACT + 1, 3 * cpu.EXACT])
 def test_floats_add_up_products_of_bytes_without_rounding(inner: int) -> None:
     left, right = (trial.extremes(shape, -128, 127).to(torch.int8) for shape in ((2, 5, inner), (2, inner, 7)))
