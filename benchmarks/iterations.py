@@ -1,6 +1,7 @@
 """What more iterations for each unit are worth: `full`, and with 2 000 and 20 000 iterations a unit, at W4A4 in one run.
 
-    python benchmarks/iterations.py --device cuda       six minutes on an H100; on a processor the last row takes most of a day
+    python benchmarks/iterations.py --device cuda --calibration-batch 96
+                                        twelve minutes on an H200; on a processor the last row takes most of a day
 
 20 000 iterations a unit are the field's default. Quantizes the bundled model three times where `--device` says, samples and
 measures each as `quality.py` does, and writes its results after each. What stopped goes on.
@@ -35,7 +36,7 @@ ROWS = ("tcaq-w4a4", *LONGER)
 
 def quantized(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Make a row's checkpoint; how, and what that took."""
-    options = [*cells("full")[name], *map(str, flags(args)), "--device", args.device, "--batch", args.calibration_batch]
+    options = [*cells("full")[name], *map(str, flags(args)), "--device", args.device, "--batch", str(args.calibration_batch)]
     said = io.StringIO()
     with redirect_stdout(said):
         app(["quantize", args.model, "--output", str(args.output / name), *options, "--json"], standalone_mode=False)
@@ -66,7 +67,7 @@ def main() -> None:
     add_model(parser)
     add_protocol(parser, num=5000)
     parser.add_argument("--batch", type=int, default=250, help="images at a time")
-    parser.add_argument("--calibration-batch", default="32", help="images at a time where a GPU waits for launches: 96")
+    parser.add_argument("--calibration-batch", type=int, default=32, help="a GPU waits less for one of all 96 images")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", nargs="+", choices=ROWS, default=ROWS)
     parser.add_argument("--quantize-only", action="store_true", help="make the checkpoints and no more")
