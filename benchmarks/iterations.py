@@ -36,14 +36,8 @@ ROWS = ("tcaq-w4a4", *LONGER)
 
 def quantized(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Make a row's checkpoint; how, and what that took."""
-    options = [
-        *cells("full")[name],
-        *map(str, flags(args)),
-        "--device",
-        args.device,
-        "--batch",
-        str(args.calibration_batch),
-    ]
+    where = ["--device", args.device, "--batch", args.calibration_batch]
+    options = [*cells("full")[name], *map(str, [*flags(args), *where])]
     said = io.StringIO()
     with redirect_stdout(said):
         app(["quantize", args.model, "--output", str(args.output / name), *options, "--json"], standalone_mode=False)

@@ -1,7 +1,7 @@
 """Image quality of the bundled model after quantization: every recipe at four bit widths, what each part of ours adds, the first
 and last recipe at others, and what other calibration images change.
 
-    python benchmarks/quality.py --output build/quality             every cell but the longer ones, a day on two cores
+    python benchmarks/quality.py --output build/quality             every cell, a day on two cores
     python benchmarks/quality.py --output build/quality --only tcaq-w4a4 minmax-w4a4
     python benchmarks/quality.py --output build/parts --model benchmarks/models/garments-dit --guidance 1.5 --preset quick \
         --num 500 --steps 20 --results benchmarks/results/parts.json --only tcaq-w4a4 no-tcr-w4a4    the second model
@@ -144,8 +144,8 @@ def main() -> None:
     add_model(parser)
     parser.add_argument("--preset", default="full")
     add_protocol(parser)
-    every = list(cells(""))
-    parser.add_argument("--only", nargs="+", choices=every, default=[name for name in every if name not in LONGER])
+    every = [name for name in cells("") if name not in LONGER]  # which `iterations.py` measures
+    parser.add_argument("--only", nargs="+", choices=every, default=every)
     parser.add_argument("--execution", choices=("fake", "integer"), default="fake")
     parser.add_argument("--quantize-only", action="store_true", help="make the checkpoints and no more")
     parser.add_argument("--evaluated", type=Path, help="what `on_gpu.py` measured, in place of sampling")

@@ -138,8 +138,8 @@ class Backend:
         weight of a shape cannot run exactly with such numbers, or None; adds_rest: whether kernels take weights with a rest;
         product, product_problem: the same for matrices that are both activations, of any shape; float_product: of floats;
         signed: makes codes of activations for `product`; fake_log2: quantizes probabilities for `float_product`;
-        softmax_signed, softmax_log2: the same of what the softmax of scores is; compiled: whether it needs a C compiler; helps:
-        whether this device gains by it where another backend runs, too.
+        softmax_signed, softmax_log2: the same of what the softmax of scores is, which the latter may overwrite; compiled: whether
+        it needs a C compiler; helps: whether this device gains by it where another backend runs, too.
     """
 
     missing: Callable[[], str | None]

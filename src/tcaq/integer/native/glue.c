@@ -318,7 +318,9 @@ static void share_powers(float *x, int64_t count, float top, float offset, float
         float code = rintf(per_octave * (offset - (x[i] - top) * 1.44269504088896341f));
         code = code < 0.0f ? 0.0f : code;
         code = code > last ? last : code;
-        float octaves = code * step, whole = rintf(octaves);
+        float octaves = code * step;
+        octaves = octaves > 126.0f ? 126.0f : octaves;
+        float whole = rintf(octaves);
         float power = peak * power_of(-whole, (whole - octaves) * 0.69314718055994531f);
         x[i] = code < last && octaves < 126.0f ? power : 0.0f; /* smaller ones are no normal numbers */
     }
