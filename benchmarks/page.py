@@ -38,6 +38,7 @@ PARTS = {
     "no-correction": "without the correction of predicted noise",
     "none": "without any of these: plain block reconstruction",
 }
+LAYERS = "`tcaq`, widths of weights by layer in the same size"
 BY_STEPS = "the last fit by steps, not by bands; rows without `code` leave a part out of this"
 OLDER = {
     "tcaq and its parts": (
@@ -174,6 +175,8 @@ def glance(done: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:
         figures = [brief(done.get(f"{recipe}-{bits}"), spread.get(f"{recipe}-{bits}", {})) for bits in widths]
         if any(figures):
             lines.append(f"| `{recipe}` | {' | '.join(figures)} |")
+    layered = [brief(done.get(f"layers-{bits}"), spread.get(f"layers-{bits}", {})) for bits in widths]
+    lines += [f"| {LAYERS} | {' | '.join(layered)} |"] if any(layered) else []
     return [*lines, "", "Ratio, ± its standard error, and PSNR. Empty: not run.", ""]
 
 
@@ -188,11 +191,8 @@ def brief(cell: Mapping[str, Any] | None, spread: Mapping[str, float]) -> str:
 
 def width_table(bits: str, done: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:
     """All figures of the recipes at a width; empty if none ran."""
-    rows = [
-        row(f"`{recipe}`", done[name], spread.get(name, {}))
-        for recipe in RECIPES
-        if (name := f"{recipe}-{bits}") in done
-    ]
+    names = {f"{recipe}-{bits}": f"`{recipe}`" for recipe in RECIPES} | {f"layers-{bits}": LAYERS}
+    rows = [row(text, done[name], spread.get(name, {})) for name, text in names.items() if name in done]
     return [f"### All figures, {bits.upper()}", "", HEAD.format("recipe"), *rows, ""] if rows else []
 
 

@@ -23,6 +23,8 @@ R = [1.0, 2.0, 4.0, 1.0]
 LOW = [[-1.0, -2.0, 0.0, -0.5], [-1.0, -2.0, 0.0, -0.5], [-1.0, -2.0, 0.0, -0.5]]
 HIGH = [[0.5, 4.0, 8.0, 3.0], [0.5, 4.0, 16.0, 3.0], [0.5, 1.0, 8.0, 3.0]]
 WIDTHS = {"widths": [4, 8], "snr": "norms"}
+LAYER_WIDTHS = {"layers": [CONV], "widths": [2, 3, 6]}
+SENSITIVITY = [0.71, 0.19, 0.0023]
 FORWARD, NARROW, WIDE = [0.01, 1.25, 99.0], [2.5, 1.0, 0.75], [30.0, 20.0, 10.0]
 STEP_BITS = [8, 8, 4]  # group 0 holds the last step of sampling
 LOSSES = {0: {"down<i>": (0.5, 0.125), "mid": (0.25, 0.0625)}, 1: {"down<i>": (0.375, 0.1), "mid": (0.2, 0.05)}}
@@ -62,14 +64,24 @@ CHOICES = {
 }
 
 
-def write_run(folder: Path, *, whole: bool, seed: int = 5) -> None:
-    """A checkpoint folder with a run of every stage, or (not whole) of those that min-max has."""
+def write_run(folder: Path, *, whole: bool, seed: int = 5, traded: bool = False) -> None:
+    """A checkpoint folder with a run of every stage, or (not whole) of those that min-max has.
+
+    traded: one of whose weights chose its own width.
+    """
     recipe = Recipe(weights=4, activations=8, seed=seed).model_dump(mode="json")
     identity = {
         "recipe": recipe, "plan": plan().model_dump(mode="json"), "weights": "c0ffee", "versions": {"torch": "2.99.0"}
     }  # fmt: skip
     observed = {f"{CONV}|input|low": torch.tensor(LOW), f"{CONV}|input|high": torch.tensor(HIGH)}
     with Run.open(folder / "run", identity) as run:
+        if traded:
+            tables = {
+                "bits": torch.tensor([6]),
+                "sizes": torch.tensor([432]),
+                "sensitivity": torch.tensor([SENSITIVITY]).double(),
+            }
+            run.step("allocate", lambda: Record(tables, LAYER_WIDTHS), lambda r: r)
         run.step("observe", lambda: Record(observed | {"timesteps": torch.tensor(TIMESTEPS)}), lambda r: r)
         if whole:
             ratios = torch.tensor([NARROW, WIDE]).double()
@@ -120,6 +132,17 @@ def whole(tmp_path: Path) -> Callable[..., Entry]:
     def make(name: str = "tcaq <4>", **options: Any) -> Entry:
         write_run(tmp_path / "whole", whole=True)
         return Entry(name, tmp_path / "whole", [Trial(SAMPLER, evaluation(**options), images(seed=1), images())])
+
+    return make
+
+
+@pytest.fixture
+def traded(tmp_path: Path) -> Callable[..., Entry]:
+    """Makes an entry whose weights chose their widths."""
+
+    def make(name: str = "by layer") -> Entry:
+        write_run(tmp_path / "traded", whole=False, traded=True)
+        return Entry(name, tmp_path / "traded", [Trial(SAMPLER, None, images(seed=3), images())])
 
     return make
 

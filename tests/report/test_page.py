@@ -145,6 +145,17 @@ def test_sections_of_missing_stages_are_absent(tmp_path: Path, bare: Make, page:
     assert {"quality", "samples", "plan", "provenance"} <= set(without.values("id"))
 
 
+def test_bits_by_layer(tmp_path: Path, traded: Make, page: Page) -> None:
+    there = Page(written(tmp_path / "traded.html", [traded()]))
+    assert there.table("Error of predictions that each weight makes, by width.") == [
+        ["Layer", "Weights", "2 bits", "3 bits", "6 bits", "Runs at"],
+        [CONV, "432", "0.7100", "0.1900", "0.002300", "6"],
+    ]
+    assert "layer-widths" in there.values("id")
+    assert "#layer-widths" in there.values("href")
+    assert "layer-widths" not in page.values("id")
+
+
 def test_names_are_escaped(text: str, page: Page) -> None:
     assert not {"b", "i"} & {tag for tag, _ in page.elements}
     assert "<b>0" not in text

@@ -15,7 +15,7 @@ from tcaq.report import Entry
 from tcaq.report.story import Choice, Score, StageCost, UnitLoss, imbalance, read_story, spread, weight_bytes
 from tcaq.runs import Run
 from tcaq.spec.recipe import Recipe
-from tests.report.conftest import CONV, FD, FORWARD, LOSSES, MIX, NARROW, TIMESTEPS, WIDE, R, plan
+from tests.report.conftest import CONV, FD, FORWARD, LOSSES, MIX, NARROW, SENSITIVITY, TIMESTEPS, WIDE, R, plan
 
 MAXIMA = [[1.0, 4.0, 8.0, 3.0], [1.0, 4.0, 16.0, 3.0], [1.0, 2.0, 8.0, 3.0]]
 
@@ -46,6 +46,15 @@ def test_every_stage_of_a_whole_run(whole: Callable[..., Entry]) -> None:
         StageCost("collect/0", 10.5, 5e8), StageCost("observe", 4.25, 6e8), StageCost("reconstruct/0", 70.0, 8e8)
     ]  # fmt: skip
     assert (story.bits, story.seconds, story.plan) == ("W4A8", 84.75, plan().layers)
+
+
+def test_weights_that_chose_their_widths(traded: Callable[..., Entry]) -> None:
+    story = read_story(traded().folder)
+    (layer,) = story.layer_widths
+    assert (layer.name, layer.size, layer.bits) == (CONV, 432, 6)
+    assert layer.sensitivity == pytest.approx(dict(zip([2, 3, 6], SENSITIVITY, strict=True)))
+    assert story.bits == "W(6 to 6, mean 6.0)A8"
+    assert [str(row.weight) for row in story.plan if row.weight is not None] == ["sint6"], "the plan is what runs"
 
 
 def test_the_two_calls_of_guidance_are_one_step(tmp_path: Path) -> None:

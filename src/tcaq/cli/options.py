@@ -73,6 +73,21 @@ StepBitsOption = Annotated[
     ),
 ]  # fmt: skip
 
+LayerBitsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Bits of each layer's weight chosen from several, as in 2,3,4,6, by what its rounding costs.",
+        metavar="B,B,...", show_default="off",
+    ),
+]  # fmt: skip
+MeanBitsOption = Annotated[
+    float | None,
+    typer.Option(
+        help="How many bits a weight may have on average, with --layer-bits: the size of the file.",
+        show_default="--weights",
+    ),
+]
+
 
 class WeightRounding(StrEnum):
     """How weights are rounded before any reconstruction."""
@@ -119,7 +134,7 @@ def make_recipe(
     memory: float | None = None, plan: str | None = None,
     left_out: Collection[str] = (), linear_inputs: str | None = None, batch: int | None = None,
     conditions: Conditions | None = None, step_bits: str | None = None, weight_rounding: WeightRounding | None = None,
-    iterations: int | None = None,
+    iterations: int | None = None, layer_bits: str | None = None, mean_bits: float | None = None,
 ) -> Recipe:  # fmt: skip
     """The recipe that the options name: a program at a preset (None: PRESET) or a file, then every option that was given.
 
@@ -138,9 +153,15 @@ def make_recipe(
     }  # fmt: skip
     changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     if step_bits is not None:
-        widths = _widths(step_bits)
+        widths = _widths("--step-bits", step_bits)
         # the narrowest is what activations would have at all steps
         changes = {"activations": widths[0]} | changes | {"mixed": {"bits": widths}}
+    if mean_bits is not None and layer_bits is None:
+        raise UsageError(
+            f"--mean-bits {mean_bits:g}: say by --layer-bits which widths layers may have, or leave it out"
+        )
+    if layer_bits is not None:
+        changes["allocation"] = {"bits": _widths("--layer-bits", layer_bits), "mean": mean_bits}
     if calibration:
         changes["calibration"] = calibration
     changes |= dict.fromkeys(left_out)
@@ -173,10 +194,10 @@ def _groups(text: str | None) -> int | str | None:
     return int(text)
 
 
-def _widths(text: str) -> list[int]:
+def _widths(option: str, text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
-        raise UsageError(f"--step-bits {text!r}: give whole numbers from 2 to 8, with commas between")
+        raise UsageError(f"{option} {text!r}: give whole numbers from 2 to 8, with commas between")
     return sorted(map(int, parts))
 
 

@@ -49,6 +49,8 @@ def quantize_command(
     memory: opt.MemoryOption = None,
     plan: opt.PlanOption = None,
     linear_inputs: opt.LinearInputsOption = None,
+    layer_bits: opt.LayerBitsOption = None,
+    mean_bits: opt.MeanBitsOption = None,
     step_bits: opt.StepBitsOption = None,
     weight_rounding: opt.WeightRoundingOption = None,
     batch: opt.BatchOption = None,
@@ -75,7 +77,7 @@ def quantize_command(
         recipe, preset, weights=weights, activations=activations, steps=steps, samples=samples, step_groups=step_groups,
         rounds=rounds, seed=seed, memory=memory, plan=plan, left_out=[part for part, off in parts.items() if off],
         linear_inputs=linear_inputs, batch=batch, step_bits=step_bits, weight_rounding=weight_rounding,
-        iterations=iterations,
+        iterations=iterations, layer_bits=layer_bits, mean_bits=mean_bits,
         conditions=asked,
     )  # fmt: skip
     rules = opt.read_plan(plan)

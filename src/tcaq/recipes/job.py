@@ -32,6 +32,8 @@ from tcaq.spec.law import Even
 from tcaq.spec.plan import ResolvedPlan
 from tcaq.spec.recipe import Daq, Grouping, Recipe
 from tcaq.spec.steps import StepGroups
+from tcaq.spec.widths import weights_of_width, with_weights
+from tcaq.stages.allocate import allocate
 from tcaq.stages.bypass import apply_bypass, inside, measure_bypass
 from tcaq.stages.collect import collect, images_of, trajectories_of
 from tcaq.stages.correct import apply_correction, correct, typical_error
@@ -124,6 +126,23 @@ class Job:
             return trajectories
         record = self.run.step("weigh", lambda: weigh(self.pipe, trajectories, law), lambda record: record)
         return replace(trajectories, weights=record.tensors["weights"])
+
+    def allocate(self, trajectories: Trajectories) -> None:
+        """Choose a width for each weight, if the recipe lets layers trade: the plan says so from then on. Before `insert`."""
+        recipe = self.recipe
+        if (spec := recipe.allocation) is None:
+            return
+        grids = weights_of_width(self.plan, recipe.weights)
+
+        def apply(record: Record) -> None:
+            chosen = record.tensors["bits"].tolist()
+            self.plan = with_weights(self.plan, dict(zip(record.meta["layers"], chosen, strict=True)))
+
+        self.run.step(
+            "allocate",
+            lambda: allocate(self.denoiser, trajectories, grids, spec, recipe.ranges, recipe.seed),
+            apply,
+        )
 
     def insert(self, trajectories: Trajectories) -> None:
         """Swap the planned layers; step groups follow the recipe and the calibration schedule."""

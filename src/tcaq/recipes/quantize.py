@@ -139,7 +139,7 @@ def quantize(
         with Run.open(folder, who, on_progress) as run:
             job = Job(pipe, recipe, table, run, judge, share)
             program(job)
-        config = TcaqConfig(plan=table, groups=job.groups, recipe=outcome(recipe), dtype=dtype_of(job.denoiser))
+        config = TcaqConfig(plan=job.plan, groups=job.groups, recipe=outcome(recipe), dtype=dtype_of(job.denoiser))
         config.bypass = bypass_of(job.denoiser) is not None
         config.step_bits = job.step_bits
         if (correction := correction_of(job.denoiser)) is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from tcaq.recipes.job import Collected, Job
 
-START = frozenset({"bypass", "tcr", "daq", "stagger", "mixed", "gptq"})
+START = frozenset({"allocation", "bypass", "tcr", "daq", "stagger", "mixed", "gptq"})
 """The parts of a recipe that `start` knows what to do with."""
 BLOCKS = START | {"reconstruction"}
 """The same of a program that reconstructs block by block after it."""
@@ -27,10 +27,12 @@ BLOCKWISE: dict[str, Any] = {**PLAIN, "reconstruction": {"schedule": "two-phase"
 def start(job: Job) -> Collected:
     """Sample the float model, insert the quantizers, and give every weight and operand its first grid: no gradients.
 
-    Parts that the recipe leaves out (a law of its own for the steps, the bypass, TCR, widths by step, GPTQ) leave no record.
+    Parts that the recipe leaves out (a law of its own for the steps, widths by layer, the bypass, TCR, widths by step, GPTQ) leave
+    no record.
     """
     data = job.collect(0)
     trajectories = job.weigh(data.trajectories)
+    job.allocate(trajectories)
     job.insert(trajectories)
     job.bypass(trajectories)
     ranges = job.observe(trajectories)

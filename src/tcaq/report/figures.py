@@ -15,7 +15,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import NullFormatter
 from numpy.typing import NDArray
 
-from tcaq.report.story import Choice, EqualizedLayer, NoiseFit, StepWidths, UnitLoss
+from tcaq.report.story import Choice, EqualizedLayer, LayerWidth, NoiseFit, StepWidths, UnitLoss
 from tcaq.report.svg import MUTED, PAPER, SERIES, render, style
 
 WIDTH = 10.0
@@ -173,6 +173,33 @@ def widths_figure(widths: StepWidths, name: str) -> Markup:
         return render(
             figure, name, f"Line charts of signal-to-noise ratios and the width that runs, by timestep: {runs}."
         )
+
+
+def layer_widths_figure(layers: Sequence[LayerWidth], name: str) -> Markup:
+    """The width of every layer's weight, beside what the narrowest and the chosen one do to predictions."""
+    with style(name):
+        figure = Figure(figsize=(WIDTH, 1.1 + 0.17 * len(layers)), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True, width_ratios=[1, 2])
+        y = np.arange(len(layers))
+        left.barh(y, [layer.bits for layer in layers], color=SERIES[0], height=0.7)
+        left.set_xlabel("bits")
+        narrow = [max(layer.sensitivity[min(layer.sensitivity)], 1e-12) for layer in layers]
+        chosen = [max(layer.sensitivity[layer.bits], 1e-12) for layer in layers]
+        right.hlines(y, narrow, chosen, color=SERIES[0], linewidth=1.6, alpha=0.55)
+        right.plot(narrow, y, "o", color=SERIES[0], markerfacecolor=PAPER, markersize=4.5, label="at the fewest bits")
+        right.plot(chosen, y, "o", color=SERIES[0], markersize=4.5, label="as it runs")
+        right.set_xscale("log")
+        right.set_xlabel("error of predictions, of which all weights at one width make about 1 (log scale)")
+        for axes in (left, right):
+            axes.grid(axis="x")
+        left.set_yticks(y, [layer.name for layer in layers], fontsize=8)
+        left.set_ylim(len(layers) - 0.4, -0.6)
+        figure.legend(loc="outside upper left", ncols=2, handletextpad=0.2)
+        loudest = max(layers, key=lambda layer: layer.sensitivity[min(layer.sensitivity)])
+        return render(
+            figure, name,
+            f"Bars of the bits of {len(layers)} layers beside the error that each makes; the most costly is {loudest.name}.",
+        )  # fmt: skip
 
 
 def _heat(axes: Axes, values: Floats, colors: Colors, norm: Normalize) -> AxesImage:

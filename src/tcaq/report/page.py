@@ -17,6 +17,7 @@ from tcaq.report import table
 from tcaq.report.figures import (
     Curve,
     daq_figure,
+    layer_widths_figure,
     loss_figure,
     noise_figure,
     ranges_figure,
@@ -119,6 +120,10 @@ def _part(entry: Entry, story: Story, name: str) -> dict[str, Any]:
         "id": name,
         "name": entry.name,
         "bits": story.bits,
+        "layer_widths": story.layer_widths,
+        "layer_widths_figure": layer_widths_figure(story.layer_widths, f"{name}-layers")
+        if story.layer_widths
+        else None,
         "widths": story.widths,
         "widths_figure": widths_figure(story.widths, f"{name}-widths") if story.widths else None,
         "width_rows": _width_rows(story.widths) if story.widths else [],

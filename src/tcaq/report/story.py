@@ -15,6 +15,7 @@ from tcaq.records import JSON, Record
 from tcaq.runs import Run
 from tcaq.spec.plan import LayerGrids, ResolvedPlan
 from tcaq.spec.steps import StepGroups
+from tcaq.spec.widths import with_weights
 from tcaq.stages.observe import channel_maxima
 
 RUN_FOLDER = "run"
@@ -115,6 +116,20 @@ class StepWidths:
 
 
 @dataclass(frozen=True)
+class LayerWidth:
+    """Why a layer's weight has its width.
+
+    Attributes: size: how many numbers it holds; sensitivity: error of predictions by width, where all weights at the plan's own
+        width make about 1.
+    """
+
+    name: str
+    size: int
+    bits: int
+    sensitivity: Mapping[int, float]
+
+
+@dataclass(frozen=True)
 class StageCost:
     """Wall seconds that a stage took over all its records, and the peak memory of the process by then, bytes."""
 
@@ -130,6 +145,7 @@ class Story:
     recipe: Mapping[str, JSON]
     plan: tuple[LayerGrids, ...]
     identity: Mapping[str, JSON]
+    layer_widths: Sequence[LayerWidth]
     widths: StepWidths | None
     equalized: Sequence[EqualizedLayer]
     choices: Mapping[str, Sequence[Choice]]
@@ -140,11 +156,13 @@ class Story:
 
     @property
     def bits(self) -> str:
-        """As in W4A8, or W4A4/8 where the width changes by step."""
-        mixed = self.recipe.get("mixed")
-        return (
-            f"W{self.recipe['weights']}A{'/'.join(map(str, mixed['bits'] if mixed else [self.recipe['activations']]))}"
-        )
+        """As in W4A8, W4A4/8 where the width changes by step, or W(2 to 8, mean 3.0)A4 where it changes by layer."""
+        mixed, weights = self.recipe.get("mixed"), str(self.recipe["weights"])
+        if self.layer_widths:
+            widths, count = [layer.bits for layer in self.layer_widths], sum(layer.size for layer in self.layer_widths)
+            mean = sum(layer.bits * layer.size for layer in self.layer_widths) / count
+            weights = f"({min(widths)} to {max(widths)}, mean {mean:.1f})"
+        return f"W{weights}A{'/'.join(map(str, mixed['bits'] if mixed else [self.recipe['activations']]))}"
 
     @property
     def seconds(self) -> float | None:
@@ -159,11 +177,14 @@ def read_story(folder: Path) -> Story:
     """
     run = Run.read(folder / RUN_FOLDER)
     finished = run.finished()
-    plan = ResolvedPlan.parse(run.identity["plan"], where=f"the plan of {run.folder}").layers
+    asked = ResolvedPlan.parse(run.identity["plan"], where=f"the plan of {run.folder}")
+    layer_widths = _layer_widths(run, finished)
+    plan = with_weights(asked, {layer.name: layer.bits for layer in layer_widths}).layers
     return Story(
         recipe=run.identity["recipe"],
         plan=plan,
         identity=run.identity,
+        layer_widths=layer_widths,
         widths=_widths(run, finished),
         equalized=_equalized(run, finished),
         choices=_choices(run, finished, plan),
@@ -179,6 +200,17 @@ def weight_bytes(folder: Path) -> int | None:
     configs = (path for path in folder.glob("*/config.json") if '"quantization_config"' in path.read_text("utf-8"))
     sizes = [file.stat().st_size for config in configs for file in config.parent.glob("*.safetensors")]
     return sum(sizes) if sizes else None
+
+
+def _layer_widths(run: Run, finished: Sequence[str]) -> list[LayerWidth]:
+    if "allocate" not in finished:
+        return []
+    record = _only(run, "allocate")
+    columns = (record.tensors[name].tolist() for name in ("sizes", "bits", "sensitivity"))
+    return [
+        LayerWidth(name, size, bits, dict(zip(record.meta["widths"], costs, strict=True)))
+        for name, size, bits, costs in zip(record.meta["layers"], *columns, strict=True)
+    ]
 
 
 def _widths(run: Run, finished: Sequence[str]) -> StepWidths | None:

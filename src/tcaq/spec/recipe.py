@@ -152,6 +152,12 @@ class NetworkFit(Spec):
         return Reconstruction(**self.model_dump(), rounding_rate=0.0, drop=0.0)
 
 
+def check_ascending(bits: tuple[int, ...]) -> None:
+    """Raises: ValueError unless each width is above the one before."""
+    if any(b <= a for a, b in pairwise(bits)):
+        raise ValueError(f"bits must ascend strictly, given {bits}")
+
+
 class Mixed(Spec):
     """Step-aware mixed precision (PTQD): each step group has the narrowest of these widths whose noise is small enough.
 
@@ -165,8 +171,25 @@ class Mixed(Spec):
 
     @model_validator(mode="after")
     def _ascending(self) -> Self:
-        if any(b <= a for a, b in pairwise(self.bits)):
-            raise ValueError(f"bits must ascend strictly, given {self.bits}")
+        check_ascending(self.bits)
+        return self
+
+
+class Allocation(Spec):
+    """A width for each layer's weight, of `bits`, so that they have `mean` bits on average (None: the recipe's `weights`) (ours).
+
+    What rounding each weight does to predictions is measured by gradients on `inputs` recorded inputs, in batches of `batch`; the
+    number of batches is what its precision depends on.
+    """
+
+    bits: Annotated[tuple[Bits, ...], Field(min_length=2)] = (2, 3, 4, 5, 6, 8)
+    mean: Annotated[float, Field(gt=2, lt=8)] | None = None
+    inputs: Positive = 512
+    batch: Positive = 4
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        check_ascending(self.bits)
         return self
 
 
@@ -239,10 +262,11 @@ class Recipe(Spec):
     `layers` "same" plans the same layers whatever the program, "author" those that the authors' own code quantizes.
     `network` (ours) fits the whole denoiser as one unit after the last round, on trajectories of the quantized model;
     `correction` comes last. `linear_inputs` "token" gives the inputs of linear layers a grid for each token, found while it runs.
+    With `allocation` the weights that would have `weights` bits get their width by layer.
     With `mixed` the operands that would have `activations` bits get their width by step group; `activations` is the narrowest.
     """
 
-    LATER = ("linear_inputs", "mixed", "gptq")
+    LATER = ("linear_inputs", "mixed", "gptq", "allocation")
 
     program: str = "tcaq"
     weights: Bits = 4
@@ -256,6 +280,7 @@ class Recipe(Spec):
     tcr: Tcr | None = Tcr()
     daq: Daq | None = Daq()
     stagger: Stagger | None = Stagger()
+    allocation: Allocation | None = None
     mixed: Mixed | None = None
     gptq: Gptq | None = None
     grouping: Grouping | None = None
@@ -271,6 +296,15 @@ class Recipe(Spec):
         ),
     ] = 4.0
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _the_budget_leaves_a_choice(self) -> Self:
+        if (spec := self.allocation) is None:
+            return self
+        what, mean = ("weights", self.weights) if spec.mean is None else ("allocation.mean", spec.mean)
+        if not spec.bits[0] < mean < spec.bits[-1]:
+            raise ValueError(f"allocation.bits {spec.bits} must reach below and above {what}, {mean:g} bits on average")
+        return self
 
     @model_validator(mode="after")
     def _widths_can_change(self) -> Self:

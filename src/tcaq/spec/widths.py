@@ -1,9 +1,11 @@
-"""Give a plan's operands the widths that step-aware mixed precision may choose from."""
+"""Give a plan's operands the widths that step-aware mixed precision may choose from, and its weights widths of their own."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from tcaq.errors import PlanError
-from tcaq.spec.grid import Grid, TokenGrid
+from tcaq.spec.grid import AffineGrid, Grid, TokenGrid
 from tcaq.spec.plan import LayerGrids, ResolvedPlan
 from tcaq.spec.recipe import Mixed
 
@@ -32,6 +34,30 @@ def with_widths(plan: ResolvedPlan, mixed: Mixed | None) -> ResolvedPlan:
             "give some operands that width"
         )
     return plan
+
+
+def weights_of_width(plan: ResolvedPlan, bits: int) -> dict[str, AffineGrid]:
+    """The grids of the weights that have a width, by layer. Raises: PlanError if none has it."""
+    found = {
+        layer.name: layer.weight for layer in plan.layers if layer.weight is not None and layer.weight.bits == bits
+    }
+    if not found:
+        raise PlanError(
+            f"no weight of the plan has {bits} bits, so none can trade its width with another; give some layers that width, or "
+            "leave --layer-bits (`allocation`) out"
+        )
+    return found
+
+
+def with_weights(plan: ResolvedPlan, bits: Mapping[str, int]) -> ResolvedPlan:
+    """The plan with the weights of some layers at other widths, by layer."""
+    layers = [
+        layer.model_copy(update={"weight": layer.weight.at(bits[layer.name])})
+        if layer.weight is not None and layer.name in bits
+        else layer
+        for layer in plan.layers
+    ]
+    return plan.model_copy(update={"layers": tuple(layers)})
 
 
 def _widened(layer: LayerGrids, widths: tuple[int, ...]) -> tuple[Grid, ...]:
