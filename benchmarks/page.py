@@ -38,7 +38,7 @@ PARTS = {
     "no-correction": "without the correction of predicted noise",
     "none": "without any of these: plain block reconstruction",
 }
-LAYERS = "`tcaq`, widths of weights by layer in the same size"
+LAYERS = "`tcaq`, widths by layer, the same on average"
 BY_STEPS = "the last fit by steps, not by bands; rows without `code` leave a part out of this"
 OLDER = {
     "tcaq and its parts": (

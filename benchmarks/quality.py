@@ -1,5 +1,5 @@
 """Image quality of the bundled model after quantization: every recipe at four bit widths, what each part of ours adds, the first
-and last recipe at others, widths of weights by layer, and what other calibration images change.
+and last recipe at others, widths by layer, and what other calibration images change.
 
     python benchmarks/quality.py --output build/quality             every cell, a day on two cores
     python benchmarks/quality.py --output build/quality --only tcaq-w4a4 minmax-w4a4
@@ -54,8 +54,8 @@ NARROW = {"w4a6": (4, 6), "w3a4": (3, 4), "w2a4": (2, 4), "w4a3": (4, 3)}
 published system gives images."""
 
 LAYERED = ("w3a4", "w4a4")
-"""Widths of weights by layer, in the size of one width for all."""
-LAYER_BITS = "2,3,4,5,6,8"
+"""Widths of weights and of inputs by layer, in the size of one width for all."""
+BY_LAYER = [option for name in ("--layer-bits", "--input-bits") for option in (name, "2,3,4,5,6,8")]
 
 
 def cells(preset: str) -> dict[str, list[str]]:
@@ -67,7 +67,7 @@ def cells(preset: str) -> dict[str, list[str]]:
         table |= {f"{recipe}-{bits}": ["--recipe", recipe, "--preset", preset, *width] for recipe in recipes}
         if bits in ABLATED:
             table |= {f"{part}-{bits}": [*table[f"tcaq-{bits}"], *flags] for part, flags in PARTS.items()}
-    table |= {f"layers-{bits}": [*table[f"tcaq-{bits}"], "--layer-bits", LAYER_BITS] for bits in LAYERED}
+    table |= {f"layers-{bits}": [*table[f"tcaq-{bits}"], *BY_LAYER] for bits in LAYERED}
     table |= {name: [*table["tcaq-w4a4"], "--seed", seed] for name, seed in RESEEDED.items()}
     return table | {name: [*table["tcaq-w4a4"], "--iterations", count] for name, count in LONGER.items()}
 

@@ -67,7 +67,7 @@ CHOICES = {
 def write_run(folder: Path, *, whole: bool, seed: int = 5, traded: bool = False) -> None:
     """A checkpoint folder with a run of every stage, or (not whole) of those that min-max has.
 
-    traded: one of whose weights chose its own width.
+    traded: one of whose layers chose the widths of its weight and of its input.
     """
     recipe = Recipe(weights=4, activations=8, seed=seed).model_dump(mode="json")
     identity = {
@@ -82,6 +82,7 @@ def write_run(folder: Path, *, whole: bool, seed: int = 5, traded: bool = False)
                 "sensitivity": torch.tensor([SENSITIVITY]).double(),
             }
             run.step("allocate", lambda: Record(tables, LAYER_WIDTHS), lambda r: r)
+            run.step("allocate-inputs", lambda: Record(tables | {"bits": torch.tensor([3])}, LAYER_WIDTHS), lambda r: r)
         run.step("observe", lambda: Record(observed | {"timesteps": torch.tensor(TIMESTEPS)}), lambda r: r)
         if whole:
             ratios = torch.tensor([NARROW, WIDE]).double()
@@ -138,7 +139,7 @@ def whole(tmp_path: Path) -> Callable[..., Entry]:
 
 @pytest.fixture
 def traded(tmp_path: Path) -> Callable[..., Entry]:
-    """Makes an entry whose weights chose their widths."""
+    """Makes an entry whose layers chose their widths."""
 
     def make(name: str = "by layer") -> Entry:
         write_run(tmp_path / "traded", whole=False, traded=True)

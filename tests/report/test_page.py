@@ -147,10 +147,11 @@ def test_sections_of_missing_stages_are_absent(tmp_path: Path, bare: Make, page:
 
 def test_bits_by_layer(tmp_path: Path, traded: Make, page: Page) -> None:
     there = Page(written(tmp_path / "traded.html", [traded()]))
-    assert there.table("Error of predictions that each weight makes, by width.") == [
-        ["Layer", "Weights", "2 bits", "3 bits", "6 bits", "Runs at"],
-        [CONV, "432", "0.7100", "0.1900", "0.002300", "6"],
-    ]
+    for what, count, bits in (("weights", "Numbers", "6"), ("inputs", "Products", "3")):
+        assert there.table(f"Error of predictions that {what} make, each alone, by width.") == [
+            ["Layer", count, "2 bits", "3 bits", "6 bits", "Runs at"],
+            [CONV, "432", "0.7100", "0.1900", "0.002300", bits],
+        ]
     assert "layer-widths" in there.values("id")
     assert "#layer-widths" in there.values("href")
     assert "layer-widths" not in page.values("id")

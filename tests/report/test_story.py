@@ -48,13 +48,15 @@ def test_every_stage_of_a_whole_run(whole: Callable[..., Entry]) -> None:
     assert (story.bits, story.seconds, story.plan) == ("W4A8", 84.75, plan().layers)
 
 
-def test_weights_that_chose_their_widths(traded: Callable[..., Entry]) -> None:
+def test_layers_that_chose_their_widths(traded: Callable[..., Entry]) -> None:
     story = read_story(traded().folder)
     (layer,) = story.layer_widths
     assert (layer.name, layer.size, layer.bits) == (CONV, 432, 6)
     assert layer.sensitivity == pytest.approx(dict(zip([2, 3, 6], SENSITIVITY, strict=True)))
-    assert story.bits == "W(6 to 6, mean 6.0)A8"
-    assert [str(row.weight) for row in story.plan if row.weight is not None] == ["sint6"], "the plan is what runs"
+    assert [(layer.name, layer.bits) for layer in story.input_widths] == [(CONV, 3)]
+    assert story.bits == "W(6 to 6, mean 6.0)A(3 to 3, mean 3.0)"
+    ran = [(str(row.weight), str(row.inputs[0])) for row in story.plan if row.weight is not None]
+    assert ran == [("sint6", "auint3")], "the plan is what runs"
 
 
 def test_the_two_calls_of_guidance_are_one_step(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from tcaq.models.trajectories import Trajectories
 from tcaq.spec.grid import AffineGrid
 from tcaq.spec.recipe import Allocation, RangeSearch
 from tcaq.stages.allocate import Candidate, allocate, starting_errors
-from tcaq.stages.draw import draw_parts
+from tcaq.stages.sensitivity import draw_batches, mean_squares
 
 TIMES = torch.tensor([900, 500, 100])
 RANGES = RangeSearch(weight_candidates=10)
@@ -40,9 +40,9 @@ def trajectories(images: int = 16) -> Trajectories:
 
 @torch.no_grad()
 def measured(model: nn.Module, given: Trajectories, spec: Allocation, bits: int, name: str) -> float:
-    """The squared error of predictions with one weight rounded, over that with all of them at 4 bits, mean over inputs."""
+    """The squared error of predictions with one weight rounded, over that with all at 4 bits, mean over bands and inputs."""
     weights = [Candidate.of(model, layer, GRID, spec.bits, RANGES) for layer in model.gains]
-    drawn = [part for whole in draw_parts(given, spec.inputs, 0) for part in whole.split(spec.batch)]
+    drawn = draw_batches(given, spec, 0)
     start = starting_errors(model, drawn, weights)
     weight = model.get_submodule(name).weight
     found = 0.0
@@ -50,9 +50,9 @@ def measured(model: nn.Module, given: Trajectories, spec: Allocation, bits: int,
         inputs = part[:]
         before = inputs(model)
         kept, weight.data = weight.data, weights[list(model.gains).index(name)].rounded(bits)
-        error = (inputs(model) - before).double().square().flatten(1).mean(dim=1)
+        error = mean_squares((inputs(model) - before).double())
         weight.data = kept
-        found += float((error / start[part.calls]).sum())
+        found += float((error / start[part.calls]).mean(dim=1).sum())
     return found / spec.inputs
 
 
@@ -104,7 +104,7 @@ def test_the_model_is_what_it_was():
 
 def test_a_layer_that_predictions_do_not_depend_on_gets_the_fewest():
     model = Sum({"a": 1.0, "idle": 0.0})
-    record = allocate(model, trajectories(), dict.fromkeys(model.gains, GRID), Allocation(inputs=8), RANGES, 0)
+    record = allocate(model, trajectories(), dict.fromkeys(model.gains, GRID), Allocation(inputs=48), RANGES, 0)
     assert record.tensors["bits"].tolist() == [6, 2]
 
 

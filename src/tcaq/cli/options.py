@@ -87,6 +87,20 @@ MeanBitsOption = Annotated[
         show_default="--weights",
     ),
 ]
+InputBitsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="The same of each layer's input, as in 3,4,6,8.",
+        metavar="B,B,...", show_default="off",
+    ),
+]  # fmt: skip
+MeanInputBitsOption = Annotated[
+    float | None,
+    typer.Option(
+        help="How many bits an input may have on average over all products that read one, with --input-bits.",
+        show_default="--activations",
+    ),
+]
 
 
 class WeightRounding(StrEnum):
@@ -135,6 +149,7 @@ def make_recipe(
     left_out: Collection[str] = (), linear_inputs: str | None = None, batch: int | None = None,
     conditions: Conditions | None = None, step_bits: str | None = None, weight_rounding: WeightRounding | None = None,
     iterations: int | None = None, layer_bits: str | None = None, mean_bits: float | None = None,
+    input_bits: str | None = None, mean_input_bits: float | None = None,
 ) -> Recipe:  # fmt: skip
     """The recipe that the options name: a program at a preset (None: PRESET) or a file, then every option that was given.
 
@@ -156,12 +171,8 @@ def make_recipe(
         widths = _widths("--step-bits", step_bits)
         # the narrowest is what activations would have at all steps
         changes = {"activations": widths[0]} | changes | {"mixed": {"bits": widths}}
-    if mean_bits is not None and layer_bits is None:
-        raise UsageError(
-            f"--mean-bits {mean_bits:g}: say by --layer-bits which widths layers may have, or leave it out"
-        )
-    if layer_bits is not None:
-        changes["allocation"] = {"bits": _widths("--layer-bits", layer_bits), "mean": mean_bits}
+    changes |= _allocation("allocation", "layer-bits", layer_bits, "mean-bits", mean_bits)
+    changes |= _allocation("input_allocation", "input-bits", input_bits, "mean-input-bits", mean_input_bits)
     if calibration:
         changes["calibration"] = calibration
     changes |= dict.fromkeys(left_out)
@@ -192,6 +203,13 @@ def _groups(text: str | None) -> int | str | None:
     if not text.isdecimal() or int(text) < 1:
         raise UsageError(f"--step-groups {text!r}: give a whole number from 1, or per-step")
     return int(text)
+
+
+def _allocation(field: str, option: str, text: str | None, mean_option: str, mean: float | None) -> dict[str, Any]:
+    """What an option says of the widths that layers may have."""
+    if text is None and mean is not None:
+        raise UsageError(f"--{mean_option} {mean:g}: say by --{option} which widths layers may have, or leave it out")
+    return {} if text is None else {field: {"bits": _widths(f"--{option}", text), "mean": mean}}
 
 
 def _widths(option: str, text: str) -> list[int]:

@@ -51,6 +51,8 @@ def quantize_command(
     linear_inputs: opt.LinearInputsOption = None,
     layer_bits: opt.LayerBitsOption = None,
     mean_bits: opt.MeanBitsOption = None,
+    input_bits: opt.InputBitsOption = None,
+    mean_input_bits: opt.MeanInputBitsOption = None,
     step_bits: opt.StepBitsOption = None,
     weight_rounding: opt.WeightRoundingOption = None,
     batch: opt.BatchOption = None,
@@ -78,6 +80,7 @@ def quantize_command(
         rounds=rounds, seed=seed, memory=memory, plan=plan, left_out=[part for part, off in parts.items() if off],
         linear_inputs=linear_inputs, batch=batch, step_bits=step_bits, weight_rounding=weight_rounding,
         iterations=iterations, layer_bits=layer_bits, mean_bits=mean_bits,
+        input_bits=input_bits, mean_input_bits=mean_input_bits,
         conditions=asked,
     )  # fmt: skip
     rules = opt.read_plan(plan)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import numpy as np
+import math
+
 import torch
-from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
 from tcaq.errors import NumericalError
 
-LARGEST = 1e6
-"""The largest cost that the solver sees; differences of a millionth are nothing to it."""
+UNITS = 100_000
+"""In how many equal parts a budget is told at most; what a layer needs is rounded up to whole ones."""
 
 
 def cheapest(costs: Tensor, sizes: Tensor, widths: Tensor, budget: int) -> Tensor:
     """The width of each layer for which the sum of costs is least and that of sizes times widths within the budget.
 
-    A knapsack with a choice for each layer, solved as an integer program (HiGHS).
+    A knapsack with a choice for each layer, by dynamic programming over what is spent: exact where the budget, in the largest unit
+    that all needs are multiples of, has no more than UNITS of them. (Solvers of integer programs write to standard output.)
 
     Args: costs: float64 [layers, widths], finite; sizes: int64 [layers], numbers of weights; widths: int64 [widths], bits;
         budget: bits for all weights together.
@@ -27,21 +28,23 @@ def cheapest(costs: Tensor, sizes: Tensor, widths: Tensor, budget: int) -> Tenso
         raise NumericalError(
             "a layer's sensitivity is not finite; the model's predictions, or their gradients, are not"
         )
-    layers, count = costs.shape
     needed = sizes[:, None] * widths
     if (least := int(needed.amin(dim=1).sum())) > budget:
         raise NumericalError(f"the narrowest widths take {least} bits, the budget is {budget}")
-    # costs span orders of magnitude and the solver's tolerances are absolute: what no choice can save goes, the rest is large
-    saved = costs - costs.amin(dim=1, keepdim=True)
-    saved = saved / saved.max().clamp(min=torch.finfo(costs.dtype).tiny) * LARGEST
-    unit = int(np.gcd.reduce(sizes.numpy()))
-    one_each = LinearConstraint(np.kron(np.eye(layers), np.ones(count)), 1, 1)
-    within = LinearConstraint((needed // unit).flatten().numpy()[None], -np.inf, budget // unit)
-    # presolving may write to standard output, which is the command's own
-    found = milp(
-        saved.flatten().numpy(), integrality=np.ones(layers * count), bounds=Bounds(0, 1), constraints=[one_each, within],
-        options={"mip_rel_gap": 1e-6, "presolve": False},
-    )  # fmt: skip
-    if found.x is None:
-        raise NumericalError(f"no choice of widths was found: {found.message}")
-    return torch.from_numpy(found.x).reshape(layers, count).argmax(dim=1)
+    # beyond the narrowest, so that these always fit
+    extra, spare = needed - needed.amin(dim=1, keepdim=True), min(budget, int(needed.amax(dim=1).sum())) - least
+    unit = max(math.gcd(*extra.flatten().tolist()), -(-spare // UNITS), 1)
+    units, room = -(-extra // unit), spare // unit
+    best = torch.zeros(room + 1, dtype=torch.float64)
+    choices = torch.empty(len(sizes), room + 1, dtype=torch.int8)
+    for layer, (cost, need) in enumerate(zip(costs, units.tolist(), strict=True)):
+        options = torch.full((len(need), room + 1), float("inf"), dtype=torch.float64)
+        for i, taken in enumerate(need):
+            if taken <= room:
+                options[i, taken:] = best[: room + 1 - taken] + cost[i]
+        best, choices[layer] = options.min(dim=0)
+    chosen = []
+    for layer in reversed(range(len(sizes))):
+        chosen.append(int(choices[layer, room]))
+        room -= int(units[layer, chosen[-1]])
+    return torch.tensor(chosen[::-1])

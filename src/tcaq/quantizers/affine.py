@@ -24,8 +24,7 @@ class AffineQuantizer(nn.Module):
 
     def __init__(self, grid: AffineGrid, clock: StepClock) -> None:
         super().__init__()
-        self.grid = grid
-        self.low, self.high = code_range(grid.bits, grid.signed)
+        self.regrid(grid)
         # a tuple keeps the shared clock out of this module's children: it belongs to the denoiser
         self._clock = (clock,)
         self.log_gain: Tensor | None = None
@@ -33,6 +32,11 @@ class AffineQuantizer(nn.Module):
         self._gain_of = torch.zeros(clock.count, dtype=torch.int64)
         self.register_buffer("scale", torch.ones(clock.count))
         self.register_buffer("zero_point", torch.zeros(clock.count, dtype=torch.int16))
+
+    def regrid(self, grid: AffineGrid) -> None:
+        """Take another grid; its rows must be written afterwards."""
+        self.grid = grid
+        self.low, self.high = code_range(grid.bits, grid.signed)
 
     @property
     def clock(self) -> StepClock:

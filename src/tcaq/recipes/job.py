@@ -32,8 +32,9 @@ from tcaq.spec.law import Even
 from tcaq.spec.plan import ResolvedPlan
 from tcaq.spec.recipe import Daq, Grouping, Recipe
 from tcaq.spec.steps import StepGroups
-from tcaq.spec.widths import weights_of_width, with_weights
+from tcaq.spec.widths import inputs_of_width, weights_of_width, with_inputs, with_weights
 from tcaq.stages.allocate import allocate
+from tcaq.stages.allocate_inputs import allocate_inputs, apply_input_widths
 from tcaq.stages.bypass import apply_bypass, inside, measure_bypass
 from tcaq.stages.collect import collect, images_of, trajectories_of
 from tcaq.stages.correct import apply_correction, correct, typical_error
@@ -189,6 +190,26 @@ class Job:
                 lambda: equalize(self.denoiser, ranges, spec, without),
                 lambda r: apply_vectors(self.denoiser, r),
             )
+
+    def allocate_inputs(self, trajectories: Trajectories, ranges: Record) -> None:
+        """Choose a width for the input of each layer, if the recipe lets layers trade; after `equalize`."""
+        recipe, denoiser = self.recipe, self.denoiser
+        if (spec := recipe.input_allocation) is None:
+            return
+        names = inputs_of_width(self.plan, recipe.activations)
+        seen = inside(denoiser, trajectories)
+
+        def search() -> Record:
+            return scale_inputs(denoiser, ranges, recipe.ranges, self.classes)
+
+        def apply(record: Record) -> None:
+            bits = dict(zip(record.meta["layers"], record.tensors["bits"].tolist(), strict=True))
+            apply_input_widths(denoiser, bits)
+            self.plan = with_inputs(self.plan, bits)
+
+        self.run.step(
+            "allocate-inputs", lambda: allocate_inputs(denoiser, seen, names, spec, search, recipe.seed), apply
+        )
 
     def scale_weights(self, ranges: Record) -> None:
         """First scales of weights; every weight rounded to the nearest code."""

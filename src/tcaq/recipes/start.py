@@ -6,7 +6,7 @@ from typing import Any
 
 from tcaq.recipes.job import Collected, Job
 
-START = frozenset({"allocation", "bypass", "tcr", "daq", "stagger", "mixed", "gptq"})
+START = frozenset({"allocation", "input_allocation", "bypass", "tcr", "daq", "stagger", "mixed", "gptq"})
 """The parts of a recipe that `start` knows what to do with."""
 BLOCKS = START | {"reconstruction"}
 """The same of a program that reconstructs block by block after it."""
@@ -37,6 +37,7 @@ def start(job: Job) -> Collected:
     job.bypass(trajectories)
     ranges = job.observe(trajectories)
     job.equalize(ranges)
+    job.allocate_inputs(trajectories, ranges)
     job.scale_weights(ranges)
     job.choose_widths(trajectories, ranges)
     job.scale_inputs(ranges)

@@ -120,10 +120,7 @@ def _part(entry: Entry, story: Story, name: str) -> dict[str, Any]:
         "id": name,
         "name": entry.name,
         "bits": story.bits,
-        "layer_widths": story.layer_widths,
-        "layer_widths_figure": layer_widths_figure(story.layer_widths, f"{name}-layers")
-        if story.layer_widths
-        else None,
+        "by_layer": _by_layer(story, name),
         "widths": story.widths,
         "widths_figure": widths_figure(story.widths, f"{name}-widths") if story.widths else None,
         "width_rows": _width_rows(story.widths) if story.widths else [],
@@ -148,6 +145,16 @@ def _part(entry: Entry, story: Story, name: str) -> dict[str, Any]:
         "total": table.seconds_text(story.seconds),
         "number": table.number,
     }
+
+
+def _by_layer(story: Story, name: str) -> list[dict[str, Any]]:
+    """What chose its width by layer, each with its figure."""
+    found = {"weights": story.layer_widths, "inputs": story.input_widths}
+    return [
+        {"what": what, "layers": layers, "figure": layer_widths_figure(layers, f"{name}-{what}")}
+        for what, layers in found.items()
+        if layers
+    ]
 
 
 def _width_rows(widths: StepWidths) -> list[list[str]]:

@@ -15,7 +15,7 @@ from tcaq.records import JSON, Record
 from tcaq.runs import Run
 from tcaq.spec.plan import LayerGrids, ResolvedPlan
 from tcaq.spec.steps import StepGroups
-from tcaq.spec.widths import with_weights
+from tcaq.spec.widths import with_inputs, with_weights
 from tcaq.stages.observe import channel_maxima
 
 RUN_FOLDER = "run"
@@ -117,10 +117,10 @@ class StepWidths:
 
 @dataclass(frozen=True)
 class LayerWidth:
-    """Why a layer's weight has its width.
+    """Why a layer's weight, or its input, has its width.
 
-    Attributes: size: how many numbers it holds; sensitivity: error of predictions by width, where all weights at the plan's own
-        width make about 1.
+    Attributes: size: how many numbers a weight holds, how many products read an input; sensitivity: error of predictions by width,
+        where all of them at the plan's own width make about 1.
     """
 
     name: str
@@ -146,6 +146,7 @@ class Story:
     plan: tuple[LayerGrids, ...]
     identity: Mapping[str, JSON]
     layer_widths: Sequence[LayerWidth]
+    input_widths: Sequence[LayerWidth]
     widths: StepWidths | None
     equalized: Sequence[EqualizedLayer]
     choices: Mapping[str, Sequence[Choice]]
@@ -157,12 +158,10 @@ class Story:
     @property
     def bits(self) -> str:
         """As in W4A8, W4A4/8 where the width changes by step, or W(2 to 8, mean 3.0)A4 where it changes by layer."""
-        mixed, weights = self.recipe.get("mixed"), str(self.recipe["weights"])
-        if self.layer_widths:
-            widths, count = [layer.bits for layer in self.layer_widths], sum(layer.size for layer in self.layer_widths)
-            mean = sum(layer.bits * layer.size for layer in self.layer_widths) / count
-            weights = f"({min(widths)} to {max(widths)}, mean {mean:.1f})"
-        return f"W{weights}A{'/'.join(map(str, mixed['bits'] if mixed else [self.recipe['activations']]))}"
+        mixed = self.recipe.get("mixed")
+        weights = _mean_text(self.layer_widths) or str(self.recipe["weights"])
+        steps = "/".join(map(str, mixed["bits"] if mixed else [self.recipe["activations"]]))
+        return f"W{weights}A{_mean_text(self.input_widths) or steps}"
 
     @property
     def seconds(self) -> float | None:
@@ -178,16 +177,18 @@ def read_story(folder: Path) -> Story:
     run = Run.read(folder / RUN_FOLDER)
     finished = run.finished()
     asked = ResolvedPlan.parse(run.identity["plan"], where=f"the plan of {run.folder}")
-    layer_widths = _layer_widths(run, finished)
-    plan = with_weights(asked, {layer.name: layer.bits for layer in layer_widths}).layers
+    layer_widths, input_widths = (_layer_widths(run, finished, stage) for stage in ("allocate", "allocate-inputs"))
+    plan = with_weights(asked, {layer.name: layer.bits for layer in layer_widths})
+    plan = with_inputs(plan, {layer.name: layer.bits for layer in input_widths})
     return Story(
         recipe=run.identity["recipe"],
-        plan=plan,
+        plan=plan.layers,
         identity=run.identity,
         layer_widths=layer_widths,
+        input_widths=input_widths,
         widths=_widths(run, finished),
         equalized=_equalized(run, finished),
-        choices=_choices(run, finished, plan),
+        choices=_choices(run, finished, plan.layers),
         losses=_losses(run, finished),
         scores=[Score(n, float(_only(run, name).meta["fd"])) for n, name in _rounds(finished, "score")],
         noise=_noise(run, finished),
@@ -202,10 +203,19 @@ def weight_bytes(folder: Path) -> int | None:
     return sum(sizes) if sizes else None
 
 
-def _layer_widths(run: Run, finished: Sequence[str]) -> list[LayerWidth]:
-    if "allocate" not in finished:
+def _mean_text(layers: Sequence[LayerWidth]) -> str:
+    """The widths of layers in a few words, and their mean; empty where none chose."""
+    if not layers:
+        return ""
+    widths, count = [layer.bits for layer in layers], sum(layer.size for layer in layers)
+    mean = sum(layer.bits * layer.size for layer in layers) / count
+    return f"({min(widths)} to {max(widths)}, mean {mean:.1f})"
+
+
+def _layer_widths(run: Run, finished: Sequence[str], stage: str) -> list[LayerWidth]:
+    if stage not in finished:
         return []
-    record = _only(run, "allocate")
+    record = _only(run, stage)
     columns = (record.tensors[name].tolist() for name in ("sizes", "bits", "sensitivity"))
     return [
         LayerWidth(name, size, bits, dict(zip(record.meta["widths"], costs, strict=True)))

@@ -176,9 +176,10 @@ class Mixed(Spec):
 
 
 class Allocation(Spec):
-    """A width for each layer's weight, of `bits`, so that they have `mean` bits on average (None: the recipe's `weights`) (ours).
+    """A width for each layer's weight, or input, of `bits`, so that they have `mean` bits on average (None: the recipe's) (ours).
 
-    What rounding each weight does to predictions is measured by gradients on `inputs` recorded inputs, in batches of `batch`; the
+    Weights count as often as there are numbers in them, inputs as often as products read them. What rounding each does to
+    predictions is measured by gradients on `inputs` recorded inputs, in batches of `batch`; the
     number of batches is what its precision depends on.
     """
 
@@ -262,11 +263,12 @@ class Recipe(Spec):
     `layers` "same" plans the same layers whatever the program, "author" those that the authors' own code quantizes.
     `network` (ours) fits the whole denoiser as one unit after the last round, on trajectories of the quantized model;
     `correction` comes last. `linear_inputs` "token" gives the inputs of linear layers a grid for each token, found while it runs.
-    With `allocation` the weights that would have `weights` bits get their width by layer.
+    With `allocation` the weights that would have `weights` bits get their width by layer, with `input_allocation` the inputs of
+    convolutions and linear layers that would have `activations` bits.
     With `mixed` the operands that would have `activations` bits get their width by step group; `activations` is the narrowest.
     """
 
-    LATER = ("linear_inputs", "mixed", "gptq", "allocation")
+    LATER = ("linear_inputs", "mixed", "gptq", "allocation", "input_allocation")
 
     program: str = "tcaq"
     weights: Bits = 4
@@ -281,6 +283,7 @@ class Recipe(Spec):
     daq: Daq | None = Daq()
     stagger: Stagger | None = Stagger()
     allocation: Allocation | None = None
+    input_allocation: Allocation | None = None
     mixed: Mixed | None = None
     gptq: Gptq | None = None
     grouping: Grouping | None = None
@@ -299,11 +302,15 @@ class Recipe(Spec):
 
     @model_validator(mode="after")
     def _the_budget_leaves_a_choice(self) -> Self:
-        if (spec := self.allocation) is None:
-            return self
-        what, mean = ("weights", self.weights) if spec.mean is None else ("allocation.mean", spec.mean)
-        if not spec.bits[0] < mean < spec.bits[-1]:
-            raise ValueError(f"allocation.bits {spec.bits} must reach below and above {what}, {mean:g} bits on average")
+        for name, of in (("allocation", "weights"), ("input_allocation", "activations")):
+            spec: Allocation | None = getattr(self, name)
+            if spec is None:
+                continue
+            what, mean = (of, getattr(self, of)) if spec.mean is None else (f"{name}.mean", spec.mean)
+            if not spec.bits[0] < mean < spec.bits[-1]:
+                raise ValueError(f"{name}.bits {spec.bits} must reach below and above {what}, {mean:g} bits on average")
+        if self.input_allocation is not None and self.mixed is not None:
+            raise ValueError("inputs choose their width by layer (input_allocation) or by step (mixed): leave one out")
         return self
 
     @model_validator(mode="after")

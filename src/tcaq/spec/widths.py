@@ -60,6 +60,36 @@ def with_weights(plan: ResolvedPlan, bits: Mapping[str, int]) -> ResolvedPlan:
     return plan.model_copy(update={"layers": tuple(layers)})
 
 
+def inputs_of_width(plan: ResolvedPlan, bits: int) -> list[str]:
+    """The layers with a weight whose input has a width, on an even grid; halves of a split one are left out.
+
+    Raises: PlanError if none has it.
+    """
+    found = [
+        layer.name
+        for layer in plan.layers
+        if layer.weight is not None and layer.split is None
+        and isinstance(layer.inputs[0], AffineGrid) and layer.inputs[0].widths == (bits,)
+    ]  # fmt: skip
+    if not found:
+        raise PlanError(
+            f"no input of the plan has {bits} bits, so none can trade its width with another; give some layers that width, or "
+            "leave --input-bits (`input_allocation`) out"
+        )
+    return found
+
+
+def with_inputs(plan: ResolvedPlan, bits: Mapping[str, int]) -> ResolvedPlan:
+    """The plan with the inputs of some layers at other widths, by layer."""
+    layers = [
+        layer.model_copy(update={"inputs": (layer.inputs[0].at(bits[layer.name]),)})
+        if layer.name in bits and isinstance(layer.inputs[0], AffineGrid)
+        else layer
+        for layer in plan.layers
+    ]
+    return plan.model_copy(update={"layers": tuple(layers)})
+
+
 def _widened(layer: LayerGrids, widths: tuple[int, ...]) -> tuple[Grid, ...]:
     return tuple(
         grid.model_copy(update={"wider": widths[1:]})

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tcaq.models.bypass import common_channels
-from tcaq.models.inputs import Inputs
 from tcaq.models.trajectories import Drawn, Trajectories
 from tcaq.numerics.affine import code_range, fake_quantize
 from tcaq.numerics.budget import cheapest
@@ -19,7 +17,7 @@ from tcaq.numerics.ranges import search_range
 from tcaq.records import Record
 from tcaq.spec.grid import AffineGrid
 from tcaq.spec.recipe import Allocation, RangeSearch
-from tcaq.stages.draw import draw_parts
+from tcaq.stages.sensitivity import draw_batches, errors_by_call, predicted, predictions, signed
 
 
 def allocate(
@@ -28,22 +26,29 @@ def allocate(
 ) -> Record:  # fmt: skip
     """Record `bits`, int64 [layers], and why: `sensitivity`, float64 [layers, widths], and `sizes`, numbers of weights.
 
-    Sensitivity is the squared error of predictions that rounding this one weight makes, relative at each step to what rounding all
-    of them to the plan's width makes there, mean over inputs. Errors of different layers are taken for unrelated: they add up.
+    Sensitivity is the squared error of predictions that rounding this one weight makes, relative at each step and in each band of
+    spatial frequencies to what rounding all of them to the plan's width makes there, mean over bands and inputs. Errors of
+    different layers are taken for unrelated: they add up.
 
     Args: denoiser: before quantizers are inserted; grids: of the weights that take part, by layer; seed: of inputs and signs.
     Raises: NumericalError if predictions or their gradients are not finite.
     """
-    drawn = [batch for part in draw_parts(trajectories, spec.inputs, seed) for batch in part.split(spec.batch)]
+    drawn = draw_batches(trajectories, spec, seed)
     weights = [Candidate.of(denoiser, name, grid, spec.bits, ranges) for name, grid in grids.items()]
     sensitivity = sensitivities(denoiser, drawn, weights, spec.bits, starting_errors(denoiser, drawn, weights), seed)
     sizes = torch.tensor([weight.parameter.numel() for weight in weights])
-    mean = [weight.grid.bits if spec.mean is None else spec.mean for weight in weights]
-    budget = math.floor(sum(weight.parameter.numel() * bits for weight, bits in zip(weights, mean, strict=True)))
+    plain = [weight.grid.bits for weight in weights]
+    return chosen(list(grids), sensitivity, sizes, plain, spec)
+
+
+def chosen(names: list[str], sensitivity: Tensor, sizes: Tensor, plain: Sequence[int], spec: Allocation) -> Record:
+    """The record of the best choice. Args: sizes: what a bit of each costs, int64; plain: the plan's own bits."""
+    mean = torch.tensor([bits if spec.mean is None else spec.mean for bits in plain], dtype=torch.float64)
     widths = torch.tensor(spec.bits)
-    bits = widths[cheapest(sensitivity, sizes, widths, budget)]
-    tensors = {"bits": bits, "sensitivity": sensitivity, "sizes": sizes}
-    return Record(tensors, {"layers": list(grids), "widths": list(spec.bits)})
+    bits = widths[cheapest(sensitivity, sizes, widths, math.floor((mean * sizes).sum()))]
+    return Record(
+        {"bits": bits, "sensitivity": sensitivity, "sizes": sizes}, {"layers": names, "widths": list(spec.bits)}
+    )
 
 
 @dataclass(frozen=True)
@@ -83,21 +88,11 @@ class Candidate:
         return self.rounded(bits) - self.parameter.detach().float()
 
 
-@torch.no_grad()
 def starting_errors(denoiser: nn.Module, drawn: Sequence[Drawn], weights: Sequence[Candidate]) -> Tensor:
-    """Mean squared error of predictions at each call, float64 [calls], where all weights have their plan's width.
-
-    One of a call that none of the inputs is of.
-    """
-    plain = [predicted(denoiser, part[:]) for part in drawn]
+    """Mean squared error of predictions at each call by band, float64 [calls, bands], all weights at their plan's width."""
+    plain = predictions(denoiser, drawn)
     with all_rounded(weights):
-        errors = [predicted(denoiser, part[:]) - before for part, before in zip(drawn, plain, strict=True)]
-    calls = torch.cat([part.calls for part in drawn])
-    squares = torch.cat([error.double().square().flatten(1).mean(dim=1).cpu() for error in errors])
-    count = len(drawn[0].trajectories.timesteps)
-    totals = torch.zeros(count, dtype=torch.float64).index_add(0, calls, squares)
-    seen = torch.bincount(calls, minlength=count)
-    return torch.where(seen > 0, totals / seen, 1.0)
+        return errors_by_call(drawn, plain, predictions(denoiser, drawn))
 
 
 @contextmanager
@@ -118,21 +113,15 @@ def sensitivities(
 ) -> Tensor:  # fmt: skip
     """What `allocate` records of them, float64 [layers, widths], to first order in the rounding errors.
 
-    A prediction moves by its Jacobian times the weight's error, and the square of that is what `(g error)²` averages to, g being
-    random signs of all elements carried backwards (Hutchinson's estimator): one pass serves all layers and widths at once.
-
-    Args: start: squared error that counts as one, [calls].
+    Args: start: squared error that counts as one, [calls, bands].
     """
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(len(weights), len(widths), dtype=torch.float64)
-    with learning([weight.parameter for weight in weights]):
+    with requiring([weight.parameter for weight in weights], grad=True):
         for part in drawn:
-            prediction = predicted(denoiser, part[:])
-            signs = torch.randint(0, 2, prediction.shape, generator=generator).double() * 2 - 1
-            unit = (start[part.calls] * prediction[0].numel()).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-            probe = (signs / unit.reshape(-1, *[1] * (prediction.dim() - 1))).to(prediction)
+            carried = signed(predicted(denoiser, part[:]), start[part.calls], generator)
             gradients = torch.autograd.grad(
-                (prediction * probe).sum(), [w.parameter for w in weights], allow_unused=True, materialize_grads=True
+                carried, [w.parameter for w in weights], allow_unused=True, materialize_grads=True
             )
             for i, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
                 moved = [(gradient.float() * weight.error(bits)).double().sum().cpu() for bits in widths]
@@ -141,21 +130,14 @@ def sensitivities(
 
 
 @contextmanager
-def learning(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Inside the block these parameters have gradients; afterwards each as it was."""
+def requiring(parameters: Sequence[nn.Parameter], *, grad: bool) -> Iterator[None]:
+    """Inside the block gradients are on, and these parameters have some, or none; afterwards each as it was."""
     before = [parameter.requires_grad for parameter in parameters]
     try:
         for parameter in parameters:
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(grad)
         with torch.enable_grad():
             yield
     finally:
         for parameter, had in zip(parameters, before, strict=True):
             parameter.requires_grad_(had)
-
-
-def predicted(denoiser: nn.Module, given: Inputs) -> Tensor:
-    """The prediction, float32 [rows, ...], in the channels that it shares with x_t: a learned variance is left out."""
-    prediction = given(denoiser)
-    axis, channels = common_channels(given.sample, prediction)
-    return prediction.narrow(axis, 0, channels).float()
