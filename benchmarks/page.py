@@ -5,7 +5,7 @@
 `quality.py` makes the tables of image quality (`larger`: those of more images) and `spread.py` their standard errors, `make bench`
 has the commands behind the second model's (`second`, `parts`, `parts-spread`), `presets.py` makes the table of costs, `speed.py`
 those of speed, `speed.py --only growth --results …/growth.json` the figure of it, `integer.py` the table of integer images. A part
-whose study has not run yet is left out, and the page says so.
+whose study has not run yet is left out, and the page says so. What was learned is written by hand in `learned.md` beside this file.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from tcaq.report.comparison import markdown
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
+LEARNED = ROOT / "benchmarks" / "learned.md"
+"""What was learned, in words, with the lab book's figures."""
 HEAD = (
     "| {} | FD | ratio | KID | PSNR dB | SSIM | FD to float | quantizing, min | threads | vectors | peak, GiB | code |\n"
     "|---|---|---|---|---|---|---|---|---|---|---|---|"
@@ -82,6 +84,7 @@ def page(found: Mapping[str, Any]) -> list[str]:
         if "second" in found
         else []
     )
+    lines += [*LEARNED.read_text().splitlines(), ""]
     lines += costs(found["presets"]) if "presets" in found else []
     lines += speed(found["speed"]) if "speed" in found else []
     lines += grown(found["growth"]) if "growth" in found else []

@@ -189,7 +189,9 @@ def layer_widths_figure(layers: Sequence[LayerWidth], name: str) -> Markup:
         right.plot(narrow, y, "o", color=SERIES[0], markerfacecolor=PAPER, markersize=4.5, label="at the fewest bits")
         right.plot(chosen, y, "o", color=SERIES[0], markersize=4.5, label="as it runs")
         right.set_xscale("log")
-        right.set_xlabel("error of predictions, of which all weights at one width make about 1 (log scale)")
+        right.xaxis.set_major_formatter("{x:g}")
+        right.xaxis.set_minor_formatter(NullFormatter())
+        right.set_xlabel("error of predictions; all together at one width make about 1 (log scale)")
         for axes in (left, right):
             axes.grid(axis="x")
         left.set_yticks(y, [layer.name for layer in layers], fontsize=8)
