@@ -76,12 +76,12 @@ def test_products_read_no_more_bits_than_with_one_width(done):
     assert by_name["mid_block.resnets.0.conv1"] == 4 * 4 * conv.in_channels * conv.out_channels * 9
 
 
-def test_the_file_is_no_larger_than_with_one_width(done, tiny_pipeline, tmp_path):
-    quantize(tiny_pipeline(), small("tcaq", weights=3), tmp_path / "uniform")
-    assert (
-        weight_bytes(done[1]) <= weight_bytes(tmp_path / "uniform") + 2000
-    )  # the plan says more, each layer pads its last byte
-    assert "(2 to " in read_story(done[1]).bits
+def test_the_file_is_no_larger_than_with_one_width(tiny_pipeline, tmp_path):
+    for name, options in (("traded", TRADED), ("uniform", {"weights": 3})):
+        quantize(tiny_pipeline(), small("mse", **options), tmp_path / name)
+    # each layer pads its last byte, and the plan says more
+    assert weight_bytes(tmp_path / "traded") <= weight_bytes(tmp_path / "uniform") + 2000
+    assert "W(2 to " in read_story(tmp_path / "traded").bits
 
 
 @torch.no_grad()
@@ -103,26 +103,31 @@ def test_all_widths_run_in_integers(done):
     assert (pipe.unet(x, when).sample - fake).square().mean() <= 0.05 * fake.var()  # codes that tip over spread
 
 
-def test_stopped_around_the_choice_it_ends_in_the_same_bytes(done, tiny_pipeline, tmp_path):
+def test_stopped_around_the_choice_it_ends_in_the_same_bytes(tiny_pipeline, tmp_path):
     class StopError(Exception):
         pass
 
-    for stage, at in (
-        ("allocate", 0),
-        ("allocate", 1),
-        ("allocate-inputs", 0),
-        ("allocate-inputs", 1),
-        ("reconstruct/0", 4),
-    ):
+    recipe = small("mse", **TRADED)
+    quantize(tiny_pipeline(), recipe, tmp_path / "undisturbed")
+    for stage, at in (("allocate", 0), ("allocate", 1), ("allocate-inputs", 0), ("allocate-inputs", 1)):
 
         def stop(name, done_, total, resumed, stage=stage, at=at):
             if (name, done_, resumed) == (stage, at, False):
                 raise StopError
 
         with pytest.raises(StopError):
-            quantize(tiny_pipeline(), small("tcaq", **TRADED), tmp_path / "out", on_progress=stop)
-    quantize(tiny_pipeline(), small("tcaq", **TRADED), tmp_path / "out")
-    assert files(tmp_path / "out") == files(done[1])
+            quantize(tiny_pipeline(), recipe, tmp_path / "out", on_progress=stop)
+    quantize(tiny_pipeline(), recipe, tmp_path / "out")
+    assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("program", ["minmax", "apqdm"])
+def test_recipes_without_fits_take_it_too(program, tiny_pipeline, tmp_path):
+    pipe = quantize(tiny_pipeline(), small(program, **TRADED), tmp_path / "out")
+    layers = dict(quantized_layers(pipe.unet))
+    for stage, part in (("allocate", "weight_quantizer"), ("allocate-inputs", "input_quantizer")):
+        bits = chosen(tmp_path / "out", stage)
+        assert {name: getattr(layers[name], part).grid.bits for name in bits} == bits
 
 
 def test_halves_of_a_split_layer_share_their_width(tiny_pipeline, tmp_path):

@@ -19,7 +19,7 @@ OPTIONS: dict[str, Any] = {
     "calibration": {"law": {"kind": "active"}},
     "grouping": {},
 }
-PARTS = frozenset({"daq", "mixed", "gptq", "grouping"})
+PARTS = frozenset({"allocation", "input_allocation", "daq", "mixed", "gptq", "grouping"})
 AUTHOR: dict[str, Any] = {"symmetric": True, "products": False}
 
 
@@ -31,8 +31,10 @@ def apqdm(job: Job) -> None:
             "`grouping.groups` says how many groups there are"
         )
     trajectories = job.weigh(job.collect(0).trajectories)
+    job.allocate(trajectories)
     job.insert(trajectories)
     ranges = job.observe(trajectories)
+    job.allocate_inputs(trajectories, ranges)
     job.scale_weights(ranges)
     job.group(trajectories, ranges)
     job.choose_widths(trajectories, ranges)
