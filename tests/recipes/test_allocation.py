@@ -32,7 +32,8 @@ def done(tmp_path_factory):
     from tests.conftest import build_pipeline
 
     folder = tmp_path_factory.mktemp("allocation") / "out"
-    return quantize(build_pipeline(), small("tcaq", **TRADED), folder), folder
+    recipe = small("tcaq", **TRADED, alignment=None, network=None, correction=None)
+    return quantize(build_pipeline(), recipe, folder), folder
 
 
 def chosen(folder, stage="allocate"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -83,9 +83,8 @@ def rounded(layer: QuantizedWeight, x: Tensor, bits: int, rows: Rows) -> Tensor:
     """An input on its grid of a width in the running step groups, in its own dtype."""
     quantizer = cast(AffineQuantizer, layer.input_quantizer)
     scale, zero_point = (quantizer.clock.row(table.to(x.device), x.dim()) for table in rows)
-    return fake_quantize(x, scale * layer.gain(x.dim()), zero_point, *code_range(bits, quantizer.grid.signed)).to(
-        x.dtype
-    )
+    ends = code_range(bits, quantizer.grid.signed)
+    return fake_quantize(x, scale * layer.gain(x.dim()), zero_point, *ends).to(x.dtype)
 
 
 @contextmanager
@@ -101,7 +100,7 @@ def hooked(layers: Layers, hook: Callable[[str, QuantizedWeight, Tensor], Tensor
         yield
 
 
-def rounding(layers: Layers, rows: Mapping[str, Rows]) -> Any:
+def rounding(layers: Layers, rows: Mapping[str, Rows]) -> AbstractContextManager[None]:
     """Inside the block the inputs of float layers are rounded by these rows, at the width that their grid has."""
     return hooked(layers, lambda name, layer, x: rounded(layer, x, layer.input_quantizer.grid.bits, rows[name]))
 
@@ -114,8 +113,7 @@ def counting(layers: Layers) -> Iterator[dict[str, int]]:
         for name, layer in layers.items():
 
             def after(_: nn.Module, args: tuple[Any, ...], out: Tensor, name: str = name, layer: Any = layer) -> None:
-                outputs = out.numel() // len(out)
-                found[name] = outputs * layer.weight[0].numel()
+                found[name] = out.numel() // len(out) * layer.weight[0].numel()
 
             stack.callback(cast(nn.Module, layer).register_forward_hook(after).remove)
         yield found
