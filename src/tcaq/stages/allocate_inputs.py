@@ -133,10 +133,11 @@ def sensitivities(
     def tag(name: str, layer: QuantizedWeight, x: Tensor) -> Tensor:
         # a view of its own: the gradient is that of this layer's path alone, whoever else reads the tensor
         own = (x if x.requires_grad else x.detach().requires_grad_()).view_as(x)
+        value = x.detach()  # a hook that refers to its own tensor would keep both until garbage is collected
 
         def take(gradient: Tensor) -> None:
             for j, bits in enumerate(widths):
-                error = rounded(layer, own.detach(), bits, rows[bits][name]).float() - own.detach().float()
+                error = rounded(layer, value, bits, rows[bits][name]).float() - value.float()
                 moved[position[name], j] += (gradient.float() * error).double().sum().cpu()
 
         own.register_hook(take)
