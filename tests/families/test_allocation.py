@@ -28,7 +28,7 @@ def test_layers_trade_bits(name, tmp_path):
         assert int((record.tensors["sensitivity"][:, 0] > 0).sum()) > 0.8 * len(record.meta["layers"])
         for layer, bits in zip(record.meta["layers"], record.tensors["bits"].tolist(), strict=True):
             assert getattr(layers[layer], part).grid.bits == bits, layer
-        assert set(record.tensors["bits"].tolist()) > {4} or len(record.tensors["bits"].unique()) > 1
+        assert len(record.tensors["bits"].unique()) > 1
     assert torch.equal(images_of(name, tcaq.load(tmp_path)), images_of(name, made))
 
 

@@ -47,6 +47,19 @@ def test_costs_that_span_orders_of_magnitude_are_told_apart():
     assert WIDTHS[cheapest(torch.cat([loud, fine]), sizes, WIDTHS, 10 * (5 + 2 + 5))].tolist() == [5, 2, 5]
 
 
+def test_a_budget_of_more_units_than_are_told_apart_is_kept_and_used():
+    """Sizes without a common divisor: needs are rounded up to a hundred-thousandth of the budget."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(10**6, 10**8, (40,), generator=generator) * 2 + 1
+    amplitudes = torch.randn(40, generator=generator, dtype=torch.float64).mul(3).exp()
+    costs = amplitudes[:, None] * 4.0 ** -WIDTHS.double()
+    budget = int(sizes.sum()) * 3
+    chosen = cheapest(costs, sizes, WIDTHS, budget)
+    spent = int((sizes * WIDTHS[chosen]).sum())
+    assert 0.99 * budget < spent <= budget
+    assert total(costs, chosen) < 0.5 * total(costs, torch.ones(40, dtype=torch.int64))  # all at 3 bits fit as well
+
+
 def test_a_budget_below_the_narrowest_is_refused():
     with pytest.raises(NumericalError, match="narrowest widths take 20 bits, the budget is 19"):
         cheapest(torch.ones(1, 3, dtype=torch.float64), torch.tensor([10]), WIDTHS, 19)

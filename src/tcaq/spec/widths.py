@@ -1,8 +1,8 @@
-"""Give a plan's operands the widths that step-aware mixed precision may choose from, and its weights widths of their own."""
+"""Give a plan's operands the widths that steps may choose from, and its weights and inputs those that layers chose."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from tcaq.errors import PlanError
 from tcaq.spec.grid import AffineGrid, Grid, TokenGrid
@@ -41,11 +41,7 @@ def weights_of_width(plan: ResolvedPlan, bits: int) -> dict[str, AffineGrid]:
     found = {
         layer.name: layer.weight for layer in plan.layers if layer.weight is not None and layer.weight.bits == bits
     }
-    if not found:
-        raise PlanError(
-            f"no weight of the plan has {bits} bits, so none can trade its width with another; give some layers that width, or "
-            "leave --layer-bits (`allocation`) out"
-        )
+    _check_some("weight", found, bits, "--layer-bits (`allocation`)")
     return found
 
 
@@ -71,11 +67,7 @@ def inputs_of_width(plan: ResolvedPlan, bits: int) -> list[str]:
         if layer.weight is not None and layer.split is None
         and isinstance(layer.inputs[0], AffineGrid) and layer.inputs[0].widths == (bits,)
     ]  # fmt: skip
-    if not found:
-        raise PlanError(
-            f"no input of the plan has {bits} bits, so none can trade its width with another; give some layers that width, or "
-            "leave --input-bits (`input_allocation`) out"
-        )
+    _check_some("input", found, bits, "--input-bits (`input_allocation`)")
     return found
 
 
@@ -88,6 +80,14 @@ def with_inputs(plan: ResolvedPlan, bits: Mapping[str, int]) -> ResolvedPlan:
         for layer in plan.layers
     ]
     return plan.model_copy(update={"layers": tuple(layers)})
+
+
+def _check_some(what: str, found: Collection[str], bits: int, option: str) -> None:
+    if not found:
+        raise PlanError(
+            f"no {what} of the plan has {bits} bits, so none can trade its width with another; give some layers that width, or "
+            f"leave {option} out"
+        )
 
 
 def _widened(layer: LayerGrids, widths: tuple[int, ...]) -> tuple[Grid, ...]:
